@@ -1,0 +1,134 @@
+"""The torch.compile backend: rewrite the routing sites, bind the run-time tensors, call Inductor.
+
+NOTE [what a compiled region is given] Dynamo compiles one graph for all decoder layers (or MoE blocks) and passes each
+layer's parameters as inputs. So nothing of one layer is baked in: at every call the layer is told by the identity of the
+experts' first weight, and its bounds, with the running forward's token classes, are appended to the inputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from modes_fx.errors import CompilerError, NoRoutingSiteError
+from modes_fx.passes.skip_experts import Binding, Dispatch, Rewritten, skip_experts
+from modes_fx.policy import KeepRule
+
+logger = logging.getLogger(__name__)
+
+Compiled = Callable[..., Sequence[Any]]
+
+
+class Runtime(Protocol):
+    """What a backend needs at call time."""
+
+    num_classes: int
+
+    def compiled(self, rewritten: Rewritten) -> None:
+        """Take note of a graph that was compiled."""
+
+    def bind(self, binding: Binding, weights: Sequence[Tensor], tokens: int) -> tuple[int, Tensor, Tensor]:
+        """Tell the layer by its experts' weights.
+
+        Returns:
+            The layer's index, the classes of the running forward's tokens (int64 [tokens]) and the layer's bounds
+            (float32 [num_classes]), on the weights' device.
+        """
+
+    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+        """Count the pairs that were dispatched; called only while ``recording``."""
+
+    @property
+    def recording(self) -> bool:
+        """Whether dispatched pairs are counted."""
+
+
+def inductor(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
+    """Compile with Inductor.
+
+    Raises:
+        CompilerError: No working C++ compiler was found.
+    """
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return compile_fx(module, list(inputs), config_patches=options or None)
+    except InvalidCxxCompiler as error:
+        raise no_compiler(error) from error
+
+
+def no_compiler(error: Exception) -> CompilerError:
+    """Describe a missing C++ compiler and what to do about it."""
+    return CompilerError(
+        f"Inductor needs a C++ compiler to generate code and found none that works ({error}). Install one (for example "
+        "`apt-get install g++`), or name yours in the environment variable CXX, then start Python anew."
+    )
+
+
+class SkipBackend:
+    """A torch.compile backend for one runtime; all regions of a model share one instance, and so their graphs.
+
+    Args:
+        runtime: Supplies thresholds and token classes at call time.
+        rule: Which pairs to keep.
+        dispatch: See ``skip_experts``.
+        compile_graph: Compiles the rewritten graph.
+        require_site: Whether a graph without a rewritten site is an error (its region is known to hold one).
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        rule: KeepRule,
+        dispatch: Dispatch,
+        compile_graph: Callable[..., Compiled] = inductor,
+        *,
+        require_site: bool = False,
+    ) -> None:
+        self._runtime = runtime
+        self._rule = rule
+        self._dispatch: Dispatch = dispatch
+        self._compile = compile_graph
+        self._require_site = require_site
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
+        """Compile dynamo's graph; called by dynamo."""
+        rewritten = skip_experts(module, self._rule, self._dispatch, self._runtime.num_classes)
+        self._runtime.compiled(rewritten)
+        for record in rewritten.records:
+            logger.debug("site %s of %s: %s %s %s", record.anchor, record.source, record.status, record.code, record.detail)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("rewritten graph:\n%s", rewritten.module.print_readable(print_output=False))
+        if not rewritten.bindings and self._require_site:
+            reasons = "; ".join(f"{record.code}: {record.detail}" for record in rewritten.records) or "no dispatch in its graph"
+            raise NoRoutingSiteError(f"An MoE region was compiled anew and has no site that can be rewritten ({reasons}).")
+        if not rewritten.bindings:
+            return self._compile(module, inputs, **options)
+        compiled = self._compile(rewritten.module, (*inputs, *rewritten.extra_inputs), **options)
+        return _bound(compiled, rewritten, self._runtime)
+
+
+def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compiled:
+    bindings = rewritten.bindings
+    per_site = 2 * len(bindings)
+
+    def run(*inputs: Any) -> Sequence[Any]:
+        layers, added = [], []
+        for binding in bindings:
+            weights = [inputs[position] for position in binding.weight_inputs]
+            layer, token_class, bounds = runtime.bind(binding, weights, binding.token_count(inputs))
+            layers.append(layer)
+            added += (token_class, bounds)
+        outputs = compiled(*inputs, *added)
+        if runtime.recording:
+            pairs = outputs[-per_site:]
+            for i, (layer, binding) in enumerate(zip(layers, bindings, strict=True)):
+                runtime.record(layer, binding.top_k, pairs[2 * i], pairs[2 * i + 1])
+        return outputs[:-per_site]
+
+    return run

@@ -1,0 +1,33 @@
+"""The exceptions that modes-fx raises on purpose; each says what failed, where, and what to do next."""
+
+
+class ModesFxError(Exception):
+    """Base of every error that modes-fx raises on purpose."""
+
+
+class NoRoutingSiteError(ModesFxError):
+    """No Mixture-of-Experts routing site could be rewritten in the model."""
+
+
+class NotOptimizedError(ModesFxError):
+    """The model is not optimised (or no longer is), so there is nothing to report, change or undo."""
+
+
+class ModalityError(ModesFxError, ValueError):
+    """The modality of the running forward's tokens is missing or does not fit its shape."""
+
+
+class PlanError(ModesFxError, ValueError):
+    """A skip plan is unreadable, malformed, has no such target, or belongs to another model."""
+
+
+class CalibrationError(ModesFxError, ValueError):
+    """Calibration or search was given data or functions that it cannot use."""
+
+
+class CompilerError(ModesFxError, RuntimeError):
+    """Inductor cannot generate code on this machine."""
+
+
+class ModelError(ModesFxError, ValueError):
+    """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""

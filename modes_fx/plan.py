@@ -1,0 +1,232 @@
+"""The skip plan: layer importance, thresholds for each target, and where they came from; a JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modes_fx.errors import PlanError
+from modes_fx.files import write_atomically
+from modes_fx.policy import RULES
+
+SCHEMA_VERSION = 1
+
+# What a config says of a run or a file rather than of the architecture: two dtypes of one model share their plans.
+_VOLATILE_KEYS = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "output_attentions",
+    "output_hidden_states", "return_dict", "problem_type", "id2label", "label2id", "chunk_size_feed_forward",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanPoint:
+    """Thresholds for one target, and what they did to the data they were chosen on.
+
+    Attributes:
+        target: Skip ratio asked for, in [0, 1]; None for thresholds given by hand.
+        tau_text: Threshold of text tokens on ``alpha**gamma * weight``, >= 0.
+        tau_vision: The same for visual tokens.
+        gamma: Exponent of the layer importance; 1 is MoDES as published, 0 leaves it out.
+        realised: Measured skip ratios by name, such as ``calibration`` or ``text``.
+        kl: Measured mean KL divergence from the unskipped model on answer tokens, in nats, by data set.
+    """
+
+    target: float | None
+    tau_text: float
+    tau_vision: float
+    gamma: float = 1.0
+    realised: Mapping[str, float] = field(default_factory=dict)
+    kl: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tau_text", "tau_vision", "gamma"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or math.isnan(value) or value < 0:
+                raise PlanError(f"{name} must be a number >= 0, got {value!r}.")
+        if self.target is not None and not 0 <= self.target <= 1:
+            raise PlanError(f"A target is a skip ratio in [0, 1], got {self.target!r}.")
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """Which experts a model may leave out, for one or more target skip ratios.
+
+    A pair of token and expert is kept if ``alpha[l, m]**gamma * weight >= tau[m]``, for layer l, the token's modality m and
+    the weight as the model dispatches it (MoDES, arXiv 2511.15690; gamma tempers its layer importance).
+
+    Attributes:
+        points: One for each target that could be met, ascending.
+        alpha: Importance of each MoE layer for (text, vision) tokens, each column summing to 1; None leaves it out.
+        model: ``model_type`` and ``config_hash`` of the model it was made for; empty fits any.
+        provenance: How it was made: data hash, versions, seed, command.
+        rule: Name of the keep-rule in ``modes_fx.policy.RULES``.
+    """
+
+    points: tuple[PlanPoint, ...]
+    alpha: tuple[tuple[float, float], ...] | None = None
+    model: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    rule: str = "threshold"
+
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise PlanError("A skip plan needs at least one point.")
+        if self.rule not in RULES:
+            raise PlanError(f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}.")
+        for row in self.alpha or ():
+            if len(row) != 2 or any(not math.isfinite(value) or value < 0 for value in row):
+                raise PlanError(f"alpha holds a (text, vision) pair of finite numbers >= 0 for each layer, got {row!r}.")
+
+    @classmethod
+    def uniform(cls, *, text: float, vision: float) -> SkipPlan:
+        """Return a plan with one threshold for text and one for vision, directly on the dispatched weights (alpha = 1)."""
+        return cls(points=(PlanPoint(None, float(text), float(vision)),))
+
+    @classmethod
+    def reduce_k(cls, k: int) -> SkipPlan:
+        """Return the plan that keeps each token's ``k`` largest weights, without renormalising them."""
+        if k < 0:
+            raise PlanError(f"Reduce-k keeps k >= 0 experts, got {k}.")
+        return cls(points=(PlanPoint(None, float(k), float(k)),), rule="reduce_k")
+
+    @property
+    def targets(self) -> tuple[float, ...]:
+        """The target skip ratios that ``point`` knows, ascending."""
+        return tuple(sorted(point.target for point in self.points if point.target is not None))
+
+    def point(self, target: float | None = None) -> PlanPoint:
+        """Return the point of a target; without one, that of the largest target.
+
+        Raises:
+            PlanError: The plan has no such target.
+        """
+        if target is None:
+            return max(self.points, key=lambda point: -1.0 if point.target is None else point.target)
+        for point in self.points:
+            if point.target is not None and math.isclose(point.target, target, abs_tol=1e-9):
+                return point
+        known = ", ".join(f"{value:g}" for value in self.targets) or "none (its thresholds were given by hand)"
+        raise PlanError(f"The plan has no target {target!r}; its targets: {known}.")
+
+    def bounds(self, num_layers: int, target: float | None = None) -> Tensor:
+        """Return the bounds on the dispatched weights.
+
+        Args:
+            num_layers: MoE layers of the model, L.
+            target: See ``point``.
+
+        Returns:
+            float32 [L, 2], (text, vision): ``tau / alpha**gamma``. 0 keeps all, whatever alpha; alpha = 0 skips all.
+
+        Raises:
+            PlanError: Unknown target, or ``alpha`` is for another number of layers.
+        """
+        point = self.point(target)
+        if self.alpha is not None and len(self.alpha) != num_layers:
+            raise PlanError(f"The plan is for {len(self.alpha)} MoE layers, the model has {num_layers}.")
+        taus = (point.tau_text, point.tau_vision)
+        rows = self.alpha or ((1.0, 1.0),) * num_layers
+        return torch.tensor(
+            [[_bound(tau, alpha, point.gamma) for tau, alpha in zip(taus, row, strict=True)] for row in rows],
+            dtype=torch.float32,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON; an interrupted write leaves an older file as it was."""
+        content = {"schema_version": SCHEMA_VERSION, **_finite(asdict(self))}
+        return write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: The file is missing, truncated, not a plan, or of a newer schema.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Make one with `modes-fx calibrate`.") from error
+        except ValueError as error:
+            raise PlanError(f"{path} is not a whole JSON file ({error}). Make the plan again.") from error
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if not isinstance(version, int):
+            raise PlanError(f"{path} is not a skip plan: it has no schema_version.")
+        if version > SCHEMA_VERSION:
+            raise PlanError(
+                f"{path} has schema version {version}, this modes-fx reads up to {SCHEMA_VERSION}. Upgrade modes-fx."
+            )
+        try:
+            points = tuple(PlanPoint(**_numbers(point)) for point in content["points"])
+            alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
+            rest = {item.name: content[item.name] for item in fields(cls) if item.name not in ("points", "alpha")}
+            return cls(points=points, alpha=alpha or None, **rest)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{path} is not a whole skip plan ({type(error).__name__}: {error}). Make it again.") from error
+
+    def check_model(self, config: Any) -> None:
+        """Refuse a model that the plan was not made for.
+
+        Raises:
+            PlanError: The configs differ.
+        """
+        if self.model and self.model.get("config_hash") != config_hash(config):
+            raise PlanError(
+                f"The plan was made for another model: {self.model.get('model_type')} with config "
+                f"{self.model.get('config_hash')}, not {getattr(config, 'model_type', '?')} with {config_hash(config)}. "
+                "Calibrate this model, or load the one that the plan belongs to."
+            )
+
+
+def describe_model(config: Any) -> dict[str, str]:
+    """Return what a plan keeps of the model it is for."""
+    return {"model_type": str(getattr(config, "model_type", "")), "config_hash": config_hash(config)}
+
+
+def config_hash(config: Any) -> str:
+    """Return a short hash of a model's architecture: its config without dtype, paths and versions."""
+    content = config.to_dict() if hasattr(config, "to_dict") else {}
+    canonical = json.dumps(_architecture(content), sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def _architecture(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {
+            str(key): _architecture(item)
+            for key, item in value.items()
+            if key not in _VOLATILE_KEYS and not str(key).startswith("_")
+        }
+    return [_architecture(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _bound(tau: float, alpha: float, gamma: float) -> float:
+    if tau == 0:
+        return 0.0
+    scale = alpha**gamma  # 0.0 ** 0.0 is 1: without importance, alpha = 0 counts like any other
+    return tau / scale if scale > 0 else math.inf
+
+
+def _finite(value: Any) -> Any:
+    """Make a structure fit for standard JSON, which has no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _numbers(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: math.inf if value == "inf" else value for key, value in point.items()}

@@ -1,0 +1,122 @@
+"""Which modules are compiled, and how: one place for all that touches a module's call.
+
+A *region* is a module that is compiled in place, so that ``generate``, processors and evaluation harnesses go on calling the
+same model. ``"moe"``: each MoE block. ``"layer"``: each decoder layer. ``"model"``: each stack of decoder layers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+from modes_fx.errors import ModesFxError
+
+Region = Literal["moe", "layer", "model"]
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One MoE layer.
+
+    Attributes:
+        name: Path of the experts module.
+        experts: The module whose ``forward(hidden_TH, ids_TK, weights_TK)`` dispatches.
+        block: The module around router and experts, or ``experts`` itself where the model has none.
+        layer: The decoder layer.
+        stack: The module that holds the list of decoder layers.
+    """
+
+    name: str
+    experts: nn.Module
+    block: nn.Module
+    layer: nn.Module
+    stack: nn.Module
+
+    def region(self, region: Region) -> nn.Module:
+        """Return the module to compile for a region."""
+        return {"moe": self.block, "layer": self.layer, "model": self.stack}[region]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the rows that the experts take, H."""
+        weight = next(iter(self.experts.parameters()))  # [E, 2I, H], or [E, H, 2I] where transposed
+        return weight.shape[-2] if getattr(self.experts, "is_transposed", False) else weight.shape[-1]
+
+
+def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
+    """Return the model's MoE layers, in module order: those whose experts use transformers' dispatch interface."""
+    modules = dict(model.named_modules())
+    found = []
+    for name, module in modules.items():
+        if not hasattr(module, "_is_expert_parallel") or not any(True for _ in module.parameters(recurse=False)):
+            continue
+        parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
+        listed = next((i for i, parent in enumerate(parents) if _in_list(parent, modules)), None)
+        layer = parents[listed] if listed is not None else parents[0] if parents else name
+        stack = parents[listed + 2] if listed is not None and listed + 2 < len(parents) else ""
+        block = parents[0] if parents and parents[0] != layer else name
+        found.append(MoeLayer(name, module, modules[block], modules[layer], modules[stack]))
+    return found
+
+
+def _in_list(name: str, modules: dict[str, nn.Module]) -> bool:
+    return "." in name and isinstance(modules[name.rsplit(".", 1)[0]], nn.ModuleList)
+
+
+class CompiledRegions:
+    """Modules compiled in place with one backend.
+
+    NOTE [a code object of its own] Dynamo keeps its compiled graphs by code object, and ``Module.compile`` shares one, that
+    of ``Module._call_impl``, among all modules of the process: graphs of unrelated models would be tried one after the other
+    and would use up each other's recompile limit. Regions of one model share a copy made for them alone.
+
+    Args:
+        backend: Passed to ``torch.compile``.
+        fullgraph: Passed to ``torch.compile``.
+    """
+
+    def __init__(self, backend: Callable[..., Any], *, fullgraph: bool) -> None:
+        self._backend = backend
+        self._fullgraph = fullgraph
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def add(self, modules: list[nn.Module], *, share: bool) -> None:
+        """Compile modules in place; ``share`` one cache of graphs among them (they differ by their parameters alone)."""
+        caller = compiled_caller(self._backend, fullgraph=self._fullgraph)
+        for module in modules:
+            self._before.append((module, module._compiled_call_impl))
+            module._compiled_call_impl = types.MethodType(caller, module)
+            if not share:
+                caller = compiled_caller(self._backend, fullgraph=self._fullgraph)
+
+    def remove(self) -> None:
+        """Give each module back the call that it had."""
+        while self._before:
+            module, call = self._before.pop()
+            module._compiled_call_impl = call
+
+
+def compiled_caller(backend: Callable[..., Any], *, fullgraph: bool) -> Callable[..., Any]:
+    """Return ``call(module, *args, **kwargs)``, compiled, with a cache of graphs of its own."""
+
+    def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    own = types.FunctionType(call_module.__code__.replace(), call_module.__globals__, "call_module")
+    compiled = torch.compile(own, backend=backend, fullgraph=fullgraph)
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(module, *args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, ModesFxError):  # say what is wrong, without dynamo's wrapping
+                raise error.inner_exception from None
+            raise
+
+    return call

@@ -1,0 +1,191 @@
+"""What was rewritten and what was not, and live skip statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from modes_fx.errors import ModesFxError
+from modes_fx.modality import MODALITIES, PADDING, Phase, Tokens
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One MoE layer's routing site.
+
+    Attributes:
+        name: Path of the experts module in the model.
+        status: ``"rewritten"`` or ``"rejected"``.
+        code: Reason code of a rejection, else "".
+        detail: A sentence on it, else "".
+        form: The stock dispatch found, such as ``"grouped_mm"``.
+        dispatch: ``"compact"`` or ``"static"``; "" when rejected.
+        top_k: K, experts a token.
+        num_experts: E, experts of the layer.
+    """
+
+    name: str
+    status: str
+    code: str = ""
+    detail: str = ""
+    form: str = ""
+    dispatch: str = ""
+    top_k: int = 0
+    num_experts: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """All routing sites of a model, in layer order.
+
+    Attributes:
+        model: The model's class name.
+        region: What is compiled: ``"moe"``, ``"layer"`` or ``"model"``.
+        sites: One for each MoE layer.
+        graphs: Graphs compiled so far.
+    """
+
+    model: str
+    region: str
+    sites: tuple[SiteReport, ...]
+    graphs: int = 0
+
+    @property
+    def found(self) -> int:
+        """Number of candidate sites."""
+        return len(self.sites)
+
+    @property
+    def rewritten(self) -> tuple[SiteReport, ...]:
+        """Sites whose skipped experts are not computed."""
+        return tuple(site for site in self.sites if site.status == "rewritten")
+
+    @property
+    def rejected(self) -> tuple[SiteReport, ...]:
+        """Sites left as they were, each with its reason."""
+        return tuple(site for site in self.sites if site.status == "rejected")
+
+    def reasons(self) -> str:
+        """Count the rejections by code, such as ``16 x WEIGHTS_HAVE_OTHER_USERS``."""
+        codes = [site.code for site in self.rejected]
+        return ", ".join(f"{codes.count(code)} x {code}" for code in sorted(set(codes)))
+
+    def __str__(self) -> str:
+        rows = [
+            (site.name, site.status, site.form, site.dispatch or "-", site.top_k, site.num_experts, site.code or "-")
+            for site in self.sites
+        ]
+        title = f"{self.model}, region {self.region!r}: {self.found} sites found, {len(self.rewritten)} rewritten"
+        headers = ("site", "status", "form", "dispatch", "K", "E", "reason")
+        return f"{title}\n{tabulate(rows, headers=headers)}"
+
+
+class SkipStats:
+    """Counts of routed and of kept (token, expert) pairs, by layer, modality and phase.
+
+    Kept pairs are counted from the permutation that reached the grouped GEMMs, not predicted from thresholds. Recording is
+    off until asked for, and costs nothing then::
+
+        with modes_fx.stats(model) as stats:
+            model.generate(**inputs)
+        print(stats, stats.skip_ratio(modality="vision", phase="prefill"))
+
+    Padding counts nowhere.
+    """
+
+    def __init__(self, layers: tuple[str, ...]) -> None:
+        self.layers = layers
+        self.recording = False
+        self._routed = torch.zeros(len(layers), len(MODALITIES), len(PHASES), dtype=torch.int64)
+        self._kept = torch.zeros_like(self._routed)
+
+    def start(self) -> SkipStats:
+        """Count from now on."""
+        self.recording = True
+        return self
+
+    def stop(self) -> SkipStats:
+        """Count no more; what was counted stays."""
+        self.recording = False
+        return self
+
+    def reset(self) -> SkipStats:
+        """Set all counts to 0."""
+        self._routed.zero_()
+        self._kept.zero_()
+        return self
+
+    def __enter__(self) -> SkipStats:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    @property
+    def pairs_routed(self) -> Tensor:
+        """int64 [layers, modalities (text, vision), phases (prefill, decode)]: pairs that the routers chose."""
+        return self._routed.clone()
+
+    @property
+    def pairs_kept(self) -> Tensor:
+        """int64, same shape: pairs whose experts were computed."""
+        return self._kept.clone()
+
+    def skip_ratio(self, *, layer: int | None = None, modality: str | None = None, phase: str | None = None) -> float:
+        """Return dropped / routed pairs, in [0, 1], over what is selected; NaN where nothing was routed.
+
+        Raises:
+            ModesFxError: An unknown modality or phase.
+        """
+        index: tuple[Any, ...] = (
+            slice(None) if layer is None else layer,
+            _position("modality", modality, MODALITIES),
+            _position("phase", phase, PHASES),
+        )
+        routed = int(self._routed[index].sum())
+        return 1 - int(self._kept[index].sum()) / routed if routed else float("nan")
+
+    def count(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor, tokens: Tokens) -> None:
+        """Add one dispatch.
+
+        Args:
+            layer: Index of the layer.
+            top_k: K.
+            perm: int64 [N], dispatched pairs as token * K + rank, in expert order.
+            offsets: int32 [E], end of each expert's rows: the last is the number of rows computed.
+            tokens: The forward's tokens.
+        """
+        classes = tokens.flat(perm.device)
+        routed = torch.bincount(classes, minlength=PADDING + 1) * top_k
+        dispatched = perm[: int(offsets[-1])]
+        kept = torch.bincount(classes[dispatched // top_k], minlength=PADDING + 1)
+        phase = PHASES.index(tokens.phase)
+        self._routed[layer, :, phase] += routed[:PADDING].cpu()
+        self._kept[layer, :, phase] += kept[:PADDING].cpu()
+
+    def __str__(self) -> str:
+        if not int(self._routed.sum()):
+            state = "recording, nothing routed yet" if self.recording else "not recording: use `with modes_fx.stats(model):`"
+            return f"Skip statistics: {state}"
+        headers = ["layer", *(f"{modality} {phase}" for modality in MODALITIES for phase in PHASES)]
+        rows = [
+            [name, *(self.skip_ratio(layer=i, modality=m, phase=p) for m in MODALITIES for p in PHASES)]
+            for i, name in enumerate(self.layers)
+        ]
+        rows.append(["all", *(self.skip_ratio(modality=m, phase=p) for m in MODALITIES for p in PHASES)])
+        return "Skip ratios\n" + tabulate(rows, headers=headers, floatfmt=".3f")
+
+
+def _position(kind: str, name: str | None, known: tuple[str, ...]) -> Any:
+    if name is None:
+        return slice(None)
+    if name not in known:
+        raise ModesFxError(f"Unknown {kind} {name!r}; known: {', '.join(known)}.")
+    return known.index(name)

@@ -1,0 +1,108 @@
+"""What compiled regions share at run time: the bounds of each layer, the forward's tokens, the counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modes_fx import modality
+from modes_fx.errors import ModalityError, NotOptimizedError
+from modes_fx.modality import PADDING
+from modes_fx.passes.site import SiteRecord
+from modes_fx.passes.skip_experts import Binding, Rewritten
+from modes_fx.policy import Rule
+from modes_fx.regions import MoeLayer
+from modes_fx.report import SkipStats
+
+
+class ModelRuntime:
+    """The run-time side of one optimised model; see ``backend.Runtime``.
+
+    Args:
+        layers: The model's MoE layers.
+        rule: The keep-rule compiled in.
+    """
+
+    num_classes = PADDING + 1
+
+    def __init__(self, layers: Sequence[MoeLayer], rule: Rule) -> None:
+        self.layers = tuple(layers)
+        self.rule = rule
+        self.stats = SkipStats(tuple(layer.name for layer in layers))
+        self.sites: dict[int, SiteRecord] = {}
+        self.rejections: list[SiteRecord] = []
+        self.graphs = 0
+        self._keeps_all = True
+        with torch.inference_mode(False):
+            self._bounds = torch.full((len(layers), self.num_classes), rule.keep_all)
+            self._bounds[:, PADDING] = rule.skip_all
+        self._on_device: dict[tuple[int, torch.device], Tensor] = {}
+        self._layer_of: dict[int, tuple[Tensor, int]] = {}  # the tensor is kept, so that its id cannot be reused
+
+    @property
+    def recording(self) -> bool:
+        """Whether dispatched pairs are counted."""
+        return self.stats.recording
+
+    @property
+    def bounds(self) -> Tensor:
+        """float32 [L, 2]: the bounds in force for (text, vision)."""
+        return self._bounds[:, :PADDING].clone()
+
+    def set_bounds(self, bounds: Tensor | None) -> None:
+        """Put new bounds in force: float32 [L, 2] for (text, vision), or None to keep all pairs. Compiles nothing."""
+        self._bounds[:, :PADDING] = self.rule.keep_all if bounds is None else bounds
+        self._keeps_all = bounds is None
+        for (layer, _), row in self._on_device.items():
+            row.copy_(self._bounds[layer])
+
+    def compiled(self, rewritten: Rewritten) -> None:
+        """Take note of a graph that was compiled."""
+        self.graphs += 1
+        self.rejections = [record for record in rewritten.records if record.status == "rejected"]
+
+    def bind(self, binding: Binding, weights: Sequence[Tensor], tokens: int) -> tuple[int, Tensor, Tensor]:
+        """Return the layer's index, the classes of its tokens and its bounds; see ``backend.Runtime.bind``."""
+        known = self._layer_of.get(id(weights[0]))
+        layer = known[1] if known is not None else self._find(weights, binding)
+        self.sites[layer] = binding.record
+        device = weights[0].device
+        row = self._on_device.get((layer, device))
+        if row is None:
+            with torch.inference_mode(False):
+                row = self._on_device[layer, device] = self._bounds[layer].clone().to(device)
+        return layer, self._token_classes(tokens, device), row
+
+    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+        """Count the pairs that were dispatched."""
+        tokens = modality.running()
+        if tokens is not None:
+            self.stats.count(layer, top_k, perm, offsets, tokens)
+
+    def _find(self, weights: Sequence[Tensor], binding: Binding) -> int:
+        """Look a layer up by its parameters as they are now (offloading replaces them)."""
+        for index, layer in enumerate(self.layers):
+            if any(own is weight for own in layer.experts.parameters() for weight in weights):
+                self._layer_of[id(weights[0])] = (weights[0], index)
+                return index
+        raise NotOptimizedError(
+            f"The experts' weights {binding.sources[0]} belong to no MoE layer of the optimised model; they were replaced "
+            "after optimize(). Call modes_fx.restore(model) and modes_fx.optimize(model) again."
+        )
+
+    def _token_classes(self, tokens: int, device: torch.device) -> Tensor:
+        running = modality.running()
+        if running is None:
+            if self._keeps_all:  # nothing depends on the modality then
+                return torch.zeros(tokens, dtype=torch.int64, device=device)
+            raise ModalityError(
+                "An MoE block ran outside a forward of the optimised model, so its tokens' modality is unknown. Call the model "
+                "itself, or restore it first."
+            )
+        if running.ids.numel() != tokens:
+            raise ModalityError(
+                f"An MoE block was called with {tokens} tokens, but the running forward has {list(running.ids.shape)}."
+            )
+        return running.flat(device)
