@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from modes_fx.errors import CompilerError, NoRoutingSiteError
 from modes_fx.passes.skip_experts import Binding, Dispatch, Rewritten, skip_experts
@@ -31,12 +32,12 @@ class Runtime(Protocol):
     def compiled(self, rewritten: Rewritten) -> None:
         """Take note of a graph that was compiled."""
 
-    def bind(self, binding: Binding, weights: Sequence[Tensor], tokens: int) -> tuple[int, Tensor, Tensor]:
-        """Tell the layer by its experts' weights.
+    def bind(self, binding: Binding, inputs: Sequence[Any]) -> tuple[int, Tensor, Tensor]:
+        """Tell a site's layer and tokens from the run-time inputs of its graph.
 
         Returns:
-            The layer's index, the classes of the running forward's tokens (int64 [tokens]) and the layer's bounds
-            (float32 [num_classes]), on the weights' device.
+            The layer's index, the classes of the running forward's tokens (int64 [T]) and the layer's bounds
+            (float32 [num_classes]), on the experts' device.
         """
 
     def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
@@ -57,9 +58,10 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> C
     from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        return compile_fx(module, list(inputs), config_patches=options or None)
+        compiled: Compiled = compile_fx(module, list(inputs), config_patches=options or None)  # type: ignore[assignment]
     except InvalidCxxCompiler as error:
         raise no_compiler(error) from error
+    return compiled
 
 
 def no_compiler(error: Exception) -> CompilerError:
@@ -98,6 +100,7 @@ class SkipBackend:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
         """Compile dynamo's graph; called by dynamo."""
+        _allow_kept_lengths(module)
         rewritten = skip_experts(module, self._rule, self._dispatch, self._runtime.num_classes)
         self._runtime.compiled(rewritten)
         for record in rewritten.records:
@@ -113,15 +116,25 @@ class SkipBackend:
         return _bound(compiled, rewritten, self._runtime)
 
 
+def _allow_kept_lengths(module: fx.GraphModule) -> None:
+    """Let this one trace hold lengths that depend on data (the number of kept pairs), which only fullgraph traces may."""
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+            shape_env = value.fake_mode.shape_env
+            shape_env.settings = replace(shape_env.settings, allow_dynamic_output_shape_ops=True)
+            return
+
+
 def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compiled:
     bindings = rewritten.bindings
     per_site = 2 * len(bindings)
 
     def run(*inputs: Any) -> Sequence[Any]:
-        layers, added = [], []
+        layers: list[int] = []
+        added: list[Tensor] = []
         for binding in bindings:
-            weights = [inputs[position] for position in binding.weight_inputs]
-            layer, token_class, bounds = runtime.bind(binding, weights, binding.token_count(inputs))
+            layer, token_class, bounds = runtime.bind(binding, inputs)
             layers.append(layer)
             added += (token_class, bounds)
         outputs = compiled(*inputs, *added)

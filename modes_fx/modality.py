@@ -187,4 +187,3 @@ def token_ids_for(model: nn.Module) -> tuple[tuple[int, ...], bool]:
     config = getattr(model, "config", None)
     sees_images = getattr(config, "vision_config", None) is not None or bool(vision_token_ids(config))
     return vision_token_ids(config), sees_images
-

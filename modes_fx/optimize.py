@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -39,19 +38,21 @@ class _Optimized:
         self.runtime = ModelRuntime(layers, RULES[rule])
         self.model_name = type(model).__name__
         self.hooks: list[ModalityHook] = []
-        self.regions: CompiledRegions | None = None
+        self.regions = CompiledRegions()
         self.experts_before: Any = None
 
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copied or pickled model is not optimised: compiled regions do not travel
+
     def undo(self, model: Any) -> None:
-        if self.regions is not None:
-            self.regions.remove()
+        self.regions.suspend()
         for hook in self.hooks:
             hook.remove()
         if self.experts_before is not None:
             model.set_experts_implementation(self.experts_before)
 
 
-_optimized: WeakKeyDictionary[nn.Module, _Optimized] = WeakKeyDictionary()
+_ATTRIBUTE = "_modes_fx"
 
 
 def optimize(
@@ -97,7 +98,7 @@ def optimize(
         )
     plan, bounds = _resolve(model, plan, target, len(layers))
     _check_compiler()
-    if model in _optimized:
+    if getattr(model, _ATTRIBUTE, None) is not None:
         restore(model)
     state = _Optimized(model, layers, region, plan.rule if plan else "threshold")
     try:
@@ -111,7 +112,7 @@ def optimize(
     except BaseException:
         state.undo(model)
         raise
-    _optimized[model] = state
+    setattr(model, _ATTRIBUTE, state)
     logger.info("%s: %d of %d routing sites rewritten", state.model_name, len(report(model).rewritten), len(layers))
     return model
 
@@ -124,13 +125,11 @@ def restore(model: nn.Module) -> nn.Module:
     """
     state = optimized_state(model)
     state.undo(model)
-    del _optimized[model]
+    delattr(model, _ATTRIBUTE)
     return model
 
 
-def set_plan(
-    model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None, target: float | None = None
-) -> nn.Module:
+def set_plan(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None, target: float | None = None) -> nn.Module:
     """Put other thresholds in force, without any recompilation.
 
     Args:
@@ -186,8 +185,8 @@ def optimized_state(model: nn.Module) -> _Optimized:
     Raises:
         NotOptimizedError: The model is not optimised.
     """
-    state = _optimized.get(model)
-    if state is None:
+    state = getattr(model, _ATTRIBUTE, None)
+    if not isinstance(state, _Optimized):
         raise NotOptimizedError(
             f"This {type(model).__name__} is not optimised. Call modes_fx.optimize(model) first (a copy must be optimised too)."
         )
@@ -256,12 +255,11 @@ def _watch(model: nn.Module, state: _Optimized) -> list[ModalityHook]:
 
 
 def _compile(state: _Optimized, dispatch: Dispatch) -> None:
-    backend = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=state.region == "moe")
+    backend = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
     regions: dict[type, list[nn.Module]] = {}
     for index, layer in enumerate(state.layers):
         module = layer.region(state.region)
         if index in state.runtime.sites and not any(module is known for known in regions.get(type(module), ())):
             regions.setdefault(type(module), []).append(module)
-    state.regions = CompiledRegions(backend, fullgraph=state.region == "moe")
     for modules in regions.values():
-        state.regions.add(modules, share=state.region == "moe")
+        state.regions.add(modules, backend, share=state.region == "moe")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modes_fx.errors import PlanError
 from modes_fx.files import write_atomically
+from modes_fx.modality import vision_token_ids
 from modes_fx.policy import RULES
 
 SCHEMA_VERSION = 1
@@ -66,14 +67,16 @@ class SkipPlan:
     Attributes:
         points: One for each target that could be met, ascending.
         alpha: Importance of each MoE layer for (text, vision) tokens, each column summing to 1; None leaves it out.
-        model: ``model_type`` and ``config_hash`` of the model it was made for; empty fits any.
+        layers: Paths of the experts modules that the rows of ``alpha`` belong to.
+        model: What ``describe_model`` says of the model it was made for; empty fits any.
         provenance: How it was made: data hash, versions, seed, command.
         rule: Name of the keep-rule in ``modes_fx.policy.RULES``.
     """
 
     points: tuple[PlanPoint, ...]
     alpha: tuple[tuple[float, float], ...] | None = None
-    model: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    model: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rule: str = "threshold"
 
@@ -156,7 +159,7 @@ class SkipPlan:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Make one with `modes-fx calibrate`.") from error
+            raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Make one with modes_fx.calib.search().") from error
         except ValueError as error:
             raise PlanError(f"{path} is not a whole JSON file ({error}). Make the plan again.") from error
         version = content.get("schema_version") if isinstance(content, dict) else None
@@ -169,8 +172,8 @@ class SkipPlan:
         try:
             points = tuple(PlanPoint(**_numbers(point)) for point in content["points"])
             alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
-            rest = {item.name: content[item.name] for item in fields(cls) if item.name not in ("points", "alpha")}
-            return cls(points=points, alpha=alpha or None, **rest)
+            rest = {item.name: content[item.name] for item in fields(cls) if item.name not in ("points", "alpha", "layers")}
+            return cls(points=points, alpha=alpha or None, layers=tuple(content["layers"]), **rest)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
@@ -190,9 +193,13 @@ class SkipPlan:
             )
 
 
-def describe_model(config: Any) -> dict[str, str]:
-    """Return what a plan keeps of the model it is for."""
-    return {"model_type": str(getattr(config, "model_type", "")), "config_hash": config_hash(config)}
+def describe_model(config: Any) -> dict[str, Any]:
+    """Return what a plan keeps of the model it is for: its type, the hash of its config, its visual placeholder ids."""
+    return {
+        "model_type": str(getattr(config, "model_type", "")),
+        "config_hash": config_hash(config),
+        "vision_token_ids": list(vision_token_ids(config)),
+    }
 
 
 def config_hash(config: Any) -> str:

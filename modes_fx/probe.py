@@ -37,14 +37,14 @@ def probe(
             kind = type(module)
             if kind not in callers:
                 backend = SkipBackend(runtime, runtime.rule.keep, dispatch, _run_uncompiled)
-                callers[kind] = compiled_caller(backend, fullgraph=True)
+                callers[kind] = compiled_caller(backend)
             try:
                 with torch.no_grad():
                     callers[kind](module, *_two_tokens(layer, module))
-            except Exception as error:  # noqa: BLE001 - whatever a model's code raises is the reason, and is reported
+            except Exception as error:  # whatever a model's code raises is the reason, and is reported
                 refusals[kind] = SiteRecord("", layer.name, "rejected", "NOT_TRACEABLE", _first_line(error))
             if index in runtime.sites:
-                layer = replace(layer, block=module)  # noqa: PLW2901
+                layer = replace(layer, block=module)
                 break
             if runtime.rejections:
                 refusals[kind] = runtime.rejections[-1]

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
-from modes_fx.errors import ModesFxError
+from modes_fx.errors import ModelError, ModesFxError
 
 Region = Literal["moe", "layer", "model"]
 
@@ -70,46 +70,44 @@ def _in_list(name: str, modules: dict[str, nn.Module]) -> bool:
 
 
 class CompiledRegions:
-    """Modules compiled in place with one backend.
+    """Modules compiled in place, each as one graph.
 
     NOTE [a code object of its own] Dynamo keeps its compiled graphs by code object, and ``Module.compile`` shares one, that
     of ``Module._call_impl``, among all modules of the process: graphs of unrelated models would be tried one after the other
     and would use up each other's recompile limit. Regions of one model share a copy made for them alone.
-
-    Args:
-        backend: Passed to ``torch.compile``.
-        fullgraph: Passed to ``torch.compile``.
     """
 
-    def __init__(self, backend: Callable[..., Any], *, fullgraph: bool) -> None:
-        self._backend = backend
-        self._fullgraph = fullgraph
-        self._before: list[tuple[nn.Module, Any]] = []
+    def __init__(self) -> None:
+        self._calls: list[tuple[nn.Module, Any, Any]] = []
 
-    def add(self, modules: list[nn.Module], *, share: bool) -> None:
+    def add(self, modules: list[nn.Module], backend: Callable[..., Any], *, share: bool) -> None:
         """Compile modules in place; ``share`` one cache of graphs among them (they differ by their parameters alone)."""
-        caller = compiled_caller(self._backend, fullgraph=self._fullgraph)
+        caller = compiled_caller(backend)
         for module in modules:
-            self._before.append((module, module._compiled_call_impl))
-            module._compiled_call_impl = types.MethodType(caller, module)
+            self._calls.append((module, module._compiled_call_impl, types.MethodType(caller, module)))
             if not share:
-                caller = compiled_caller(self._backend, fullgraph=self._fullgraph)
+                caller = compiled_caller(backend)
+        self.resume()
 
-    def remove(self) -> None:
-        """Give each module back the call that it had."""
-        while self._before:
-            module, call = self._before.pop()
+    def suspend(self) -> None:
+        """Give each module back the call that it had, until ``resume``."""
+        for module, before, _ in self._calls:
+            module._compiled_call_impl = before
+
+    def resume(self) -> None:
+        """Compile the modules again, with the graphs that they had."""
+        for module, _, call in self._calls:
             module._compiled_call_impl = call
 
 
-def compiled_caller(backend: Callable[..., Any], *, fullgraph: bool) -> Callable[..., Any]:
+def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
     """Return ``call(module, *args, **kwargs)``, compiled, with a cache of graphs of its own."""
 
     def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
     own = types.FunctionType(call_module.__code__.replace(), call_module.__globals__, "call_module")
-    compiled = torch.compile(own, backend=backend, fullgraph=fullgraph)
+    compiled = torch.compile(own, backend=backend, fullgraph=True)
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -118,5 +116,15 @@ def compiled_caller(backend: Callable[..., Any], *, fullgraph: bool) -> Callable
             if isinstance(error.inner_exception, ModesFxError):  # say what is wrong, without dynamo's wrapping
                 raise error.inner_exception from None
             raise
+        except Unsupported as error:
+            raise ModelError(
+                f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
+                'Use region="moe", which leaves attention and caches alone.'
+            ) from error
 
     return call
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -122,6 +124,15 @@ class SkipStats:
         self._kept.zero_()
         return self
 
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[SkipStats]:
+        """Count inside the block; afterwards go on or stay off as before."""
+        before, self.recording = self.recording, True
+        try:
+            yield self
+        finally:
+            self.recording = before
+
     def __enter__(self) -> SkipStats:
         return self.start()
 
@@ -180,7 +191,7 @@ class SkipStats:
             for i, name in enumerate(self.layers)
         ]
         rows.append(["all", *(self.skip_ratio(modality=m, phase=p) for m in MODALITIES for p in PHASES)])
-        return "Skip ratios\n" + tabulate(rows, headers=headers, floatfmt=".3f")
+        return "Skip ratios\n" + str(tabulate(rows, headers=headers, floatfmt=".3f"))
 
 
 def _position(kind: str, name: str | None, known: tuple[str, ...]) -> Any:

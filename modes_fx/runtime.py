@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,9 +48,9 @@ class ModelRuntime:
         return self.stats.recording
 
     @property
-    def bounds(self) -> Tensor:
-        """float32 [L, 2]: the bounds in force for (text, vision)."""
-        return self._bounds[:, :PADDING].clone()
+    def bounds_in_force(self) -> Tensor | None:
+        """float32 [L, 2], for (text, vision); None while all pairs are kept."""
+        return None if self._keeps_all else self._bounds[:, :PADDING].clone()
 
     def set_bounds(self, bounds: Tensor | None) -> None:
         """Put new bounds in force: float32 [L, 2] for (text, vision), or None to keep all pairs. Compiles nothing."""
@@ -63,8 +64,9 @@ class ModelRuntime:
         self.graphs += 1
         self.rejections = [record for record in rewritten.records if record.status == "rejected"]
 
-    def bind(self, binding: Binding, weights: Sequence[Tensor], tokens: int) -> tuple[int, Tensor, Tensor]:
+    def bind(self, binding: Binding, inputs: Sequence[Any]) -> tuple[int, Tensor, Tensor]:
         """Return the layer's index, the classes of its tokens and its bounds; see ``backend.Runtime.bind``."""
+        weights = [inputs[position] for position in binding.weight_inputs]
         known = self._layer_of.get(id(weights[0]))
         layer = known[1] if known is not None else self._find(weights, binding)
         self.sites[layer] = binding.record
@@ -73,7 +75,7 @@ class ModelRuntime:
         if row is None:
             with torch.inference_mode(False):
                 row = self._on_device[layer, device] = self._bounds[layer].clone().to(device)
-        return layer, self._token_classes(tokens, device), row
+        return layer, self._token_classes(binding.token_count(inputs), device), row
 
     def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
         """Count the pairs that were dispatched."""

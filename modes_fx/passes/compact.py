@@ -76,8 +76,19 @@ def _erase_stock_order(graph: fx.Graph, site: RoutingSite) -> None:
     inverse = restored.args[1]
     filling = [user for user in inverse.users if user is not restored]  # inverse[perm] = arange(S)
     counts = [source for user in filling for source in user.all_input_nodes if source is not inverse]
-    erase_dead([node[site.sorted_ids].args[0], node[site.sorted_ids], node[site.perm], *counts, inverse, *filling, restored,
-                node[site.combined].args[0], node[site.combined]])
+    erase_dead(
+        [
+            node[site.sorted_ids].args[0],
+            node[site.sorted_ids],
+            node[site.perm],
+            *counts,
+            inverse,
+            *filling,
+            restored,
+            node[site.combined].args[0],
+            node[site.combined],
+        ]
+    )
 
 
 def _select(

@@ -75,7 +75,7 @@ class Emitter:
 def refresh(node: fx.Node) -> None:
     """Compute the node's ``example_value`` anew from its arguments; call it inside ``under_fake``."""
     args, kwargs = value_of(node.args), value_of(node.kwargs)
-    if node.op == "call_function":
+    if callable(node.target):
         node.meta["example_value"] = node.target(*args, **kwargs)
     elif node.op == "call_method":
         node.meta["example_value"] = getattr(args[0], node.target)(*args[1:], **kwargs)

@@ -18,7 +18,7 @@ on the sorted rows that mixes rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -42,10 +42,9 @@ def match(histc: fx.Node) -> RoutingSite:
             ``NO_EXPERT_WEIGHTS`` or ``OUTPUT_WIDTH``.
     """
     sorted_ids = _one_input(histc, "float", "int", "to")
-    sort = sorted_ids.args[0] if _is_getitem(sorted_ids, 0) else None
-    if not (isinstance(sort, fx.Node) and _calls(sort, torch.sort)):
+    if not (_is_getitem(sorted_ids, 0) and _calls(_input(sorted_ids), torch.sort)):
         raise Reject("NOT_A_DISPATCH", "histc does not count sorted expert ids", histc)
-    expert_ids = sort.args[0]
+    sort = _input(sorted_ids)
     perm = _only(sort.users, lambda node: _is_getitem(node, 1), "sort has no permutation", sort)
     offsets = _only(histc.users, lambda node: _calls(node, torch.cumsum), "histc is not summed to offsets", histc)
     num_experts = histc.kwargs.get("bins")
@@ -57,15 +56,13 @@ def match(histc: fx.Node) -> RoutingSite:
         raise Reject("EXPERT_PARALLEL", "expert ids hold sentinels of expert parallelism", sorted_ids)
 
     gathered = _only(pair_token.users, _is_tensor_gather, "hidden rows are not gathered once", pair_token)
-    hidden = gathered.args[0]
-    weights_g = _only(
-        perm.users, lambda node: _is_tensor_gather(node) and node.args[1] is perm, "weights are not sorted", perm
-    )
+    hidden = _input(gathered)
+    weights_g = _only(perm.users, lambda node: _is_tensor_gather(node) and node.args[1] is perm, "weights are not sorted", perm)
     inverse = _only(perm.users, lambda node: _calls(node, torch.empty_like), "no inverse permutation", perm)
     restored = _only(
         inverse.users, lambda node: _is_tensor_gather(node) and node.args[1] is inverse, "order not restored", inverse
     )
-    weighted = restored.args[0]
+    weighted = _input(restored)
     view = _only(restored.users, lambda node: _method(node, "view"), "pairs are not summed a token", restored)
     combined = _only(view.users, lambda node: _method(node, "sum"), "pairs are not summed a token", view)
     _check_weights(weights_g, weighted)
@@ -81,8 +78,8 @@ def match(histc: fx.Node) -> RoutingSite:
         form=FORM,
         top_k=top_k,
         num_experts=num_experts,
-        expert_ids_S=expert_ids.name,
-        weights_S=weights_g.args[0].name,
+        expert_ids_S=_input(sort).name,
+        weights_S=_input(weights_g).name,
         hidden_TH=hidden.name,
         sorted_ids=sorted_ids.name,
         perm=perm.name,
@@ -104,15 +101,22 @@ def _method(node: fx.Node, name: str) -> bool:
     return node.op == "call_method" and node.target == name
 
 
+def _input(node: fx.Node, position: int = 0) -> fx.Node:
+    source = node.args[position] if position < len(node.args) else None
+    if not isinstance(source, fx.Node):
+        raise Reject("NOT_A_DISPATCH", f"{node.name} is called with something else than a tensor", node)
+    return source
+
+
 def _is_getitem(node: fx.Node, index: int) -> bool:
-    return _calls(node, operator.getitem) and node.args[1] == index and not isinstance(node.args[1], fx.Node)
+    return _calls(node, operator.getitem) and isinstance(node.args[1], int) and node.args[1] == index
 
 
 def _is_tensor_gather(node: fx.Node) -> bool:
     return _calls(node, operator.getitem) and isinstance(node.args[1], fx.Node)
 
 
-def _only(nodes: Any, accept: Callable[[fx.Node], bool], otherwise: str, *concerned: fx.Node) -> fx.Node:
+def _only(nodes: Iterable[fx.Node], accept: Callable[[fx.Node], bool], otherwise: str, *concerned: fx.Node) -> fx.Node:
     found = [node for node in nodes if accept(node)]
     if len(found) != 1:
         raise Reject("NOT_A_DISPATCH", otherwise, *concerned)
@@ -121,12 +125,8 @@ def _only(nodes: Any, accept: Callable[[fx.Node], bool], otherwise: str, *concer
 
 def _one_input(node: fx.Node, *conversions: str) -> fx.Node:
     """Return the node's first argument, looked at through a dtype conversion."""
-    source = node.args[0]
-    if isinstance(source, fx.Node) and source.op == "call_method" and source.target in conversions:
-        source = source.args[0]
-    if not isinstance(source, fx.Node):
-        raise Reject("NOT_A_DISPATCH", "histc counts a constant", node)
-    return source
+    source = _input(node)
+    return _input(source) if source.op == "call_method" and source.target in conversions else source
 
 
 def _check_weights(weights_g: fx.Node, weighted: fx.Node) -> None:

@@ -127,7 +127,7 @@ def _rewrite_all(
             outputs += _REWRITES[form](graph, site, rule, added[2 * index], added[2 * index + 1])
         except Reject as reason:
             raise _SiteRejectedError(site, reason) from reason
-        sources = tuple(_source(original[position[name]]) for name in site.weight_inputs)
+        sources = tuple(source_of(original[position[name]]) for name in site.weight_inputs)
         record = SiteRecord(site.perm, sources[0], "rewritten", "", "", site.form, form, site.top_k, site.num_experts)
         weight_inputs = tuple(position[name] for name in site.weight_inputs)
         bindings.append(Binding(record, weight_inputs, sources, site.top_k, _size_of(hidden.shape[0], original)))
@@ -172,8 +172,9 @@ def _size_of(size: int | torch.SymInt, placeholders: Sequence[fx.Node]) -> Calla
     return size_of
 
 
-def _source(placeholder: fx.Node) -> str:
+def source_of(placeholder: fx.Node) -> str:
+    """Return dynamo's name of an input, such as ``L['input_ids']``."""
     source = getattr(placeholder, "_dynamo_source", None)
     if source is None:
         return str(placeholder.target)
-    return source.name() if callable(source.name) else source.name  # a method before torch 2.12
+    return str(source.name() if callable(source.name) else source.name)  # a method in older torch

@@ -1,0 +1,168 @@
+"""``torch.compile(model, backend="modes_fx", options={"plan": plan})``: the bare backend, which sees graphs and no model.
+
+What ``optimize`` knows from the model has to come from the graphs here: the layer from the path of its experts' weights, the
+modality from ``input_ids`` or from ``modes_fx.token_modality``.
+
+NOTE [modality over graph breaks] Whole models often break into several graphs: the one that embeds ``input_ids`` runs before
+those with the decoder layers. It publishes its tokens, and each layer may take them once. A layer that asks twice would get
+those of an older forward, and gets an error instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from modes_fx import modality
+from modes_fx.backend import Compiled, SkipBackend, inductor
+from modes_fx.errors import ModalityError, PlanError
+from modes_fx.modality import PADDING, TEXT, VISION
+from modes_fx.passes.skip_experts import Binding, Rewritten, source_of
+from modes_fx.plan import SkipPlan
+from modes_fx.policy import RULES
+
+logger = logging.getLogger(__name__)
+
+
+def modes_fx(
+    module: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """Compile one dynamo graph; dynamo finds this function through the entry point ``modes_fx``.
+
+    Args:
+        module: Dynamo's graph.
+        inputs: Its example inputs.
+        mode: An Inductor mode, such as ``"max-autotune-no-cudagraphs"``.
+        options: ``plan`` (a ``SkipPlan`` or a path; none keeps every expert), ``target``, ``dispatch``, ``vision_token_ids``
+            (for a plan that names none); any other goes to Inductor.
+    """
+    rest = dict(options or {})
+    plan = rest.pop("plan", None)
+    if plan is not None and not isinstance(plan, SkipPlan):
+        plan = SkipPlan.load(plan)
+    runtime = GraphRuntime(module, plan, rest.pop("target", None), rest.pop("vision_token_ids", None))
+    dispatch = rest.pop("dispatch", "auto")
+    settings = {**(torch._inductor.list_mode_options(mode) if mode else {}), **rest}
+    backend = SkipBackend(runtime, RULES[plan.rule if plan else "threshold"].keep, dispatch, inductor)
+    compiled = backend(module, inputs, **settings)
+    return compiled if runtime.input_ids is None else runtime.publishing(compiled)
+
+
+@dataclass(frozen=True)
+class _Published:
+    """Token classes of a forward, int64 [T], and the layers (by their weights' ids) that took them."""
+
+    classes: Tensor
+    taken_by: set[int] = field(default_factory=set)
+
+
+_published: ContextVar[_Published | None] = ContextVar("modes_fx_published", default=None)
+
+
+class GraphRuntime:
+    """The run-time side of one graph; see ``backend.Runtime``.
+
+    Args:
+        module: Dynamo's graph, before it is rewritten.
+        plan: The plan, or None to keep all pairs.
+        target: One of its targets.
+        vision_token_ids: Placeholder ids of visual tokens; None takes the plan's.
+    """
+
+    num_classes = PADDING + 1
+    recording = False
+
+    def __init__(
+        self, module: fx.GraphModule, plan: SkipPlan | None, target: float | None, vision_token_ids: Sequence[int] | None
+    ) -> None:
+        self._plan = plan
+        sources = [source_of(node) for node in module.graph.nodes if node.op == "placeholder"]
+        self._takes_experts = any("experts" in source for source in sources)
+        named = {match[1]: i for i, source in enumerate(sources) if (match := re.search(r"\['(\w+)'\]$", source))}
+        self.input_ids, self._attention_mask = named.get("input_ids"), named.get("attention_mask")
+        self._vision_ids = tuple((plan.model.get("vision_token_ids", ()) if plan else ()) or vision_token_ids or ())
+        rule = RULES[plan.rule if plan else "threshold"]
+        layers = len(plan.alpha) if plan and plan.alpha else 1
+        self._bounds = torch.full((layers, self.num_classes), rule.keep_all)
+        self._bounds[:, PADDING] = rule.skip_all
+        if plan is not None:
+            self._bounds[:, :PADDING] = plan.bounds(layers, target)
+        self._needs_modality = bool((self._bounds[:, TEXT] != self._bounds[:, VISION]).any())
+        self._rows: dict[tuple[str, torch.device], tuple[int, Tensor]] = {}
+
+    def compiled(self, rewritten: Rewritten) -> None:
+        """Say what was rewritten; experts that are computed whole are never passed off as optimised."""
+        rejected = [f"{record.code}: {record.detail}" for record in rewritten.records if record.status == "rejected"]
+        if rejected or (self._takes_experts and not rewritten.bindings):
+            reasons = "; ".join(rejected) or "it holds no dispatch; does the model use the experts implementation 'grouped_mm'?"
+            logger.warning("a graph computes experts; %d of its routing sites rewritten: %s", len(rewritten.bindings), reasons)
+        else:
+            logger.info("graph compiled: %d routing sites rewritten", len(rewritten.bindings))
+
+    def bind(self, binding: Binding, inputs: Sequence[Any]) -> tuple[int, Tensor, Tensor]:
+        """Return the layer's index, the classes of its tokens and its bounds; see ``backend.Runtime.bind``."""
+        key = binding.sources[0], inputs[binding.weight_inputs[0]].device
+        if key not in self._rows:
+            layer = self._layer(binding.sources[0])
+            self._rows[key] = layer, self._bounds[layer].to(key[1])
+        layer, row = self._rows[key]
+        classes = self._token_classes(binding.token_count(inputs), inputs[binding.weight_inputs[0]])
+        return layer, classes.to(key[1]), row
+
+    def publishing(self, compiled: Compiled) -> Compiled:
+        """Let a graph that has ``input_ids`` publish its tokens whenever it runs."""
+
+        def run(*inputs: Any) -> Sequence[Any]:
+            _published.set(None if modality.explicit() is not None else _Published(self._classes_of(inputs)))
+            return compiled(*inputs)
+
+        return run
+
+    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+        """Never called: only ``optimize`` keeps statistics."""
+
+    def _layer(self, source: str) -> int:
+        if self._plan is None or self._plan.alpha is None:
+            return 0
+        path = ".".join(part for part in re.findall(r"\['(\w+)'\]", source)[1:-1])
+        fits = [i for i, name in enumerate(self._plan.layers) if name == path or name.endswith(f".{path}")]
+        if len(fits) != 1:
+            raise PlanError(
+                f"The plan has importances by layer, but which layer {source} belongs to cannot be told from its path "
+                f"({len(fits)} of {len(self._plan.layers)} fit). Compile the whole model, or use modes_fx.optimize()."
+            )
+        return fits[0]
+
+    def _token_classes(self, tokens: int, weight: Tensor) -> Tensor:
+        given, published = modality.explicit(), _published.get()
+        if given is not None and given.numel() == tokens:
+            return given.reshape(-1)
+        if published is not None and published.classes.numel() == tokens and id(weight) not in published.taken_by:
+            published.taken_by.add(id(weight))
+            return published.classes
+        if self._needs_modality:
+            raise ModalityError(
+                f"The modality of {tokens} tokens is unknown: no graph of this forward has input_ids of that many tokens. Call "
+                "the model inside `with modes_fx.token_modality(ids):`, or use modes_fx.optimize(model, plan)."
+            )
+        return torch.zeros(tokens, dtype=torch.int64)
+
+    def _classes_of(self, inputs: Sequence[Any]) -> Tensor:
+        if self._needs_modality and not self._vision_ids:
+            raise ModalityError(
+                'The plan has other thresholds for visual tokens, but names no placeholder ids. Pass options={"plan": plan, '
+                '"vision_token_ids": [...]} with the config\'s image_token_id and video_token_id.'
+            )
+        input_ids = inputs[self.input_ids]  # type: ignore[index]  # only graphs that have them publish
+        ids = torch.isin(input_ids, torch.tensor(self._vision_ids, dtype=torch.int64, device=input_ids.device)).to(torch.int64)
+        mask = inputs[self._attention_mask] if self._attention_mask is not None else None
+        if mask is not None and mask.dim() == 2 and mask.shape[1] >= ids.shape[1]:
+            ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, PADDING)
+        return ids.reshape(-1)
