@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SYNC   := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+$(SYNC): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluate, time (4 minutes)
+	$(BIN)/modes-fx demo --out out/demo
+
+test: $(SYNC)  ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(SYNC)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(SYNC)  ## time an MoE block of Qwen3-VL-30B-A3B against stock settings
+	$(BIN)/python benchmarks/moe_block.py
+
+clean:  ## remove the environment and all output
+	rm -rf $(VENV) out
