@@ -1,0 +1,194 @@
+"""The main job on the embedded model: calibrate, search, skip, evaluate, time; what ``modes-fx demo`` runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+
+import modes_fx
+from modes_fx.calib import Objective, Trial, layer_importance, search
+from modes_fx.demo.data import Sample, collate, make_samples
+from modes_fx.demo.page import write_page
+from modes_fx.demo.plots import save_plots
+from modes_fx.demo.timing import time_settings
+from modes_fx.files import write_atomically
+from modes_fx.optimize import optimize, report, restore
+from modes_fx.plan import SkipPlan
+
+TARGETS = (0.5, 0.75, 0.875)
+_BATCH = 32
+
+
+class Progress(Protocol):
+    """Receives the steps of the long parts."""
+
+    def __call__(self, part: str, done: int, total: int | None) -> None:
+        """Take note that ``done`` of ``total`` steps of a part are finished; None while the total is unknown."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much data each part takes.
+
+    Attributes:
+        calibration_images: Canvases for importance and search, with 8 questions each.
+        held_out_images: Canvases of the validation split on which each chosen point is measured.
+        test_images: Canvases of the test split.
+        grid_size: Thresholds tried for each modality.
+        rounds: Timed rounds.
+    """
+
+    calibration_images: int = 16
+    held_out_images: int = 16
+    test_images: int = 64
+    grid_size: int = 16
+    rounds: int = 7
+
+
+def run_demo(
+    load: Callable[[], tuple[nn.Module, Any]], out: Path, *, targets: Sequence[float] = TARGETS, size: Size, progress: Progress
+) -> dict[str, Any]:
+    """Run the main job and write ``plan.json``, ``report.json``, ``report.html`` and the plots.
+
+    Args:
+        load: Returns a fresh model and its processor.
+        out: Folder to write to.
+        targets: Skip ratios to search for.
+        size: How much data to use.
+        progress: Told of each step.
+
+    Returns:
+        What ``report.json`` holds.
+    """
+    seconds: dict[str, float] = {}
+    model, processor = load()
+
+    def batches(split: str, images: int) -> list[dict[str, Any]]:
+        return _batches(make_samples(split, images), processor)
+
+    calibration, test = batches("calibration", size.calibration_images), batches("test", size.test_images)
+    optimize(model)
+    with _timed(seconds, "calibrate"):
+        importance = layer_importance(model, calibration, on_step=lambda d, n: progress("importance of each layer", d, n))
+    trials: list[Trial] = []
+
+    def on_trial(trial: Trial) -> None:
+        trials.append(trial)
+        progress("search for thresholds", len(trials), None)
+
+    with _timed(seconds, "search"):
+        plan = search(
+            model, calibration, importance, targets, grid_size=size.grid_size, on_trial=on_trial,
+            held_out=batches("validation", size.held_out_images),
+        )  # fmt: skip
+    plan.save(out / "plan.json")
+
+    with _timed(seconds, "evaluate"):
+        dense, rows = _evaluate(model, plan, test, progress)
+        sites = report(model)
+        restore(model)
+        optimize(model, SkipPlan.reduce_k(1))
+        reduce_k = _evaluate_reduce_k(model, test, progress)
+    with _timed(seconds, "time"):
+        prompts = collate(make_samples("test", 1), processor, answers=False)
+        speed = time_settings(
+            lambda: load()[0], prompts, plan, rounds=size.rounds, on_step=lambda d, n: progress("time against stock", d, n)
+        )
+    config: Any = model.config
+    text = config.get_text_config()
+    facts = {
+        "model": {
+            "name": type(model).__name__,
+            "layers": len(plan.layers),
+            "experts": text.num_experts,
+            "top_k": text.num_experts_per_tok,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        },
+        "dense": dense,
+        "layers": list(plan.layers),
+        "alpha": [list(row) for row in importance.alpha],
+        "targets": rows,
+        "reduce_k": reduce_k,
+        "sites": {"found": sites.found, "rewritten": len(sites.rewritten), "rejected": len(sites.rejected)},
+        "search": {**plan.provenance["search"], "trials": [_flat(trial) for trial in trials]},
+        "speed": speed,
+        "seconds": {part: round(value, 1) for part, value in seconds.items()},
+        "versions": {"modes_fx": modes_fx.__version__, **plan.provenance["versions"]},
+    }
+    write_atomically(out / "report.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    write_page(facts, save_plots(facts, out), out / "report.html")
+    return facts
+
+
+def _evaluate(
+    model: nn.Module, plan: SkipPlan, test: list[dict[str, Any]], progress: Progress
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    objective = Objective(model, test)
+    rows = []
+    for done, target in enumerate(plan.targets):
+        stats = modes_fx.stats(model).reset()
+        measured = objective.evaluate(plan.bounds(objective.num_layers, target))
+        by_layer = {
+            modality: [stats.skip_ratio(layer=layer, modality=modality) for layer in range(objective.num_layers)]
+            for modality in ("text", "vision")
+        }
+        point = plan.point(target)
+        rows.append(
+            {
+                "target": target,
+                "gamma": point.gamma,
+                "tau": {"text": point.tau_text, "vision": point.tau_vision},
+                "realised": {
+                    "calibration": point.realised["calibration"],
+                    "held_out": point.realised["held_out"],
+                    "test": measured.skip_ratio,
+                    "text": measured.skip_ratio_text,
+                    "vision": measured.skip_ratio_vision,
+                },
+                "kl": {**point.kl, "test": measured.kl},
+                "accuracy": measured.accuracy,
+                "retained": measured.accuracy / objective.accuracy,
+                "by_layer": by_layer,
+            }
+        )
+        progress("evaluate on the test split", done + 1, len(plan.targets))
+    samples = sum(len(batch["labels"]) for batch in test)
+    return {"accuracy": objective.accuracy, "n": samples, "answer_tokens": objective.answer_tokens}, rows
+
+
+def _evaluate_reduce_k(model: nn.Module, test: list[dict[str, Any]], progress: Progress) -> list[dict[str, Any]]:
+    """Measure the static rule that keeps each token's k largest weights, for k = K/2, K/4, ... 1."""
+    objective = Objective(model, test)
+    top_k = report(model).sites[0].top_k
+    chosen = [top_k >> shift for shift in range(1, top_k.bit_length())]
+    rows = []
+    for done, k in enumerate(chosen):
+        measured = objective.evaluate(SkipPlan.reduce_k(k).bounds(objective.num_layers))
+        rows.append({"k": k, "ratio": measured.skip_ratio, "kl": measured.kl, "accuracy": measured.accuracy})
+        progress("evaluate Reduce-k", done + 1, len(chosen))
+    return rows
+
+
+def _batches(samples: Sequence[Sample], processor: Any) -> list[dict[str, Any]]:
+    return [collate(samples[start : start + _BATCH], processor) for start in range(0, len(samples), _BATCH)]
+
+
+def _flat(trial: Trial) -> dict[str, float]:
+    facts = asdict(trial)
+    evaluation = facts.pop("evaluation")
+    return {**facts, "kl": evaluation["kl"], "ratio": evaluation["skip_ratio"]}
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[part] = time.monotonic() - started

@@ -1,0 +1,105 @@
+"""Prefill and decode times of stock settings and of modes-fx, measured in turn in one run."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modes_fx.optimize import optimize, set_plan
+from modes_fx.plan import SkipPlan
+from modes_fx.regions import find_moe_layers
+
+_NEW_TOKENS = 16
+
+
+def time_settings(
+    load: Callable[[], Any],
+    inputs: Mapping[str, Tensor],
+    plan: SkipPlan,
+    *,
+    rounds: int = 7,
+    on_step: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Time every setting once a round, so that a busy moment of the machine hits all of them alike.
+
+    Stock runs in three settings: transformers' ``grouped_mm`` dispatch, its loop over experts, and its MoE blocks compiled by
+    Inductor (the same region that modes-fx compiles).
+
+    Args:
+        load: Returns a fresh model.
+        inputs: A batch of prompts.
+        plan: modes-fx runs with all pairs kept, and at each target of the plan.
+        rounds: Timed rounds; two more go before them to compile and warm up.
+        on_step: Called with (settings timed, settings to time in all).
+
+    Returns:
+        ``prefill_ms`` and ``decode_ms_per_token``, each setting's median, and ``setup``.
+    """
+    stock, looped, compiled, ours = load(), load(), load(), load()
+    looped.set_experts_implementation("eager")
+    for layer in find_moe_layers(compiled):
+        layer.block.compile()
+    optimize(ours)
+
+    def with_target(target: float | None) -> nn.Module:
+        return set_plan(ours, None if target is None else plan, target)
+
+    settings: dict[str, Callable[[], nn.Module]] = {
+        "stock": lambda: stock,
+        "stock, expert loop": lambda: looped,
+        "stock compiled": lambda: compiled,
+        "modes-fx, all kept": lambda: with_target(None),
+        **{f"modes-fx at {target:g}": lambda target=target: with_target(target) for target in plan.targets},  # type: ignore[misc]
+    }
+    prefill: dict[str, list[float]] = {name: [] for name in settings}
+    decode: dict[str, list[float]] = {name: [] for name in settings}
+    total = (rounds + 2) * len(settings)
+    for done in range(total):
+        name = list(settings)[done % len(settings)]
+        model = settings[name]()
+        first = _seconds(model, inputs, 1)
+        more = _seconds(model, inputs, 1 + _NEW_TOKENS)
+        if done >= 2 * len(settings):
+            prefill[name].append(first * 1e3)
+            decode[name].append((more - first) / _NEW_TOKENS * 1e3)
+        if on_step is not None:
+            on_step(done + 1, total)
+    return {
+        "prefill_ms": _medians(prefill),
+        "decode_ms_per_token": _medians(decode),
+        "setup": {
+            "threads": torch.get_num_threads(),
+            "batch": inputs["input_ids"].shape[0],
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            "dtype": str(next(stock.parameters()).dtype).removeprefix("torch."),
+            "cpu": cpu_name(),
+            "rounds": rounds,
+        },
+    }
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _seconds(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> float:
+    started = time.perf_counter()
+    model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
+    return time.perf_counter() - started
+
+
+def _medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: round(statistics.median(values), 3) for name, values in times.items()}
