@@ -1,0 +1,28 @@
+"""The demo's processor: Qwen3-VL's, without the video processor, whose every class needs torchvision."""
+
+from transformers import AutoProcessor, Qwen2VLImageProcessorPil, Qwen3VLMoeConfig, Qwen3VLProcessor
+
+
+class DemoProcessor(Qwen3VLProcessor):
+    """Images by PIL and text; expands an image's placeholder to its visual tokens and marks them.
+
+    `ProcessorMixin` reads a processor's parts off the signature of `__init__`: leaving `video_processor` out of it is
+    what leaves the part out.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        """Take the parts that `from_pretrained` loaded."""
+        # Where torchvision is installed, its image processor would have been loaded, whose pixels differ slightly.
+        if image_processor is not None and not isinstance(image_processor, Qwen2VLImageProcessorPil):
+            image_processor = Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+
+class _DemoConfig(Qwen3VLMoeConfig):
+    """Key under which AutoProcessor finds the class by name.
+
+    Registering `Qwen3VLMoeConfig` itself would hand this processor to every real checkpoint of the family.
+    """
+
+
+AutoProcessor.register(_DemoConfig, DemoProcessor, exist_ok=True)
