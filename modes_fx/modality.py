@@ -1,6 +1,6 @@
 """Which tokens of the running forward are text, vision or padding.
 
-The ids are built once a forward, by a hook on the outermost module, and held in a context variable: every thread (and
+The ids are built once a forward, in front of the outermost module's call, and held in a context variable: every thread (and
 every asyncio task) has its own, so concurrent calls do not mix. Inside a traced decoder layer this information is gone.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -33,13 +33,10 @@ class Tokens:
     Attributes:
         ids: int64 [B, S], each ``TEXT``, ``VISION`` or ``PADDING``.
         phase: ``"decode"`` for a step of one token a sequence over a cache, else ``"prefill"``.
-        owner: The module whose forward this is.
     """
 
     ids: Tensor
     phase: Phase
-    owner: nn.Module | None = None
-    parent: Tokens | None = None
     _flat: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def flat(self, device: torch.device) -> Tensor:
@@ -97,49 +94,60 @@ def vision_token_ids(config: Any) -> tuple[int, ...]:
     return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
 
 
-class ModalityHook:
-    """Forward (pre-)hooks that publish a module's tokens while its forward runs.
+class ModalityWatch:
+    """Publishes a module's tokens while it is called.
+
+    It sits in front of the module's call, where ``Module.compile`` puts compiled code: unlike a hook, it does not travel into
+    copies and pickles of the model, which are not optimised.
 
     Args:
         module: The module to watch; its ``forward`` takes ``input_ids`` or ``inputs_embeds``.
         vision_ids: Placeholder ids of visual tokens.
         sees_images: Whether the model has a vision tower at all. If not, every token is text.
+        required: Says whether anything depends on the modality now; if not, it may stay unknown.
     """
 
-    def __init__(self, module: nn.Module, vision_ids: tuple[int, ...], *, sees_images: bool) -> None:
+    def __init__(
+        self, module: nn.Module, vision_ids: tuple[int, ...], *, sees_images: bool, required: Callable[[], bool]
+    ) -> None:
+        self._module = module
         self._parameters = tuple(inspect.signature(module.forward).parameters)
         self._vision_ids = vision_ids
         self._sees_images = sees_images
-        self._handles = (
-            module.register_forward_pre_hook(self._enter, with_kwargs=True),
-            module.register_forward_hook(self._leave, always_call=True),
-        )
+        self._required = required
+        self._before = module._compiled_call_impl
+        module._compiled_call_impl = self._call
 
     def remove(self) -> None:
-        """Take both hooks off the module."""
-        for handle in self._handles:
-            handle.remove()
+        """Give the module back the call that it had."""
+        self._module._compiled_call_impl = self._before
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        parent = _running.get()
-        if parent is not None:  # an outer module of the same model has said it already
-            return
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        call = self._before or self._module._call_impl
+        # An outer module of the same model may have said it already.
+        tokens = None if _running.get() is not None else self._tokens(args, kwargs)
+        if tokens is None:
+            return call(*args, **kwargs)
+        outside = _running.set(tokens)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _running.reset(outside)
+
+    def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         ids = self._ids(inputs)
-        decoding = ids.shape[1] == 1 and inputs.get("past_key_values") is not None
-        if decoding:
-            ids = torch.where(ids == PADDING, PADDING, TEXT)
-        _running.set(Tokens(ids, "decode" if decoding else "prefill", module, parent))
+        if ids is None:
+            return None
+        if ids.shape[1] == 1 and inputs.get("past_key_values") is not None:
+            return Tokens(torch.where(ids == PADDING, PADDING, TEXT), "decode")
+        return Tokens(ids, "prefill")
 
-    @staticmethod
-    def _leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        tokens = _running.get()
-        if tokens is not None and tokens.owner is module:
-            _running.set(tokens.parent)
-
-    def _ids(self, inputs: dict[str, Any]) -> Tensor:
+    def _ids(self, inputs: dict[str, Any]) -> Tensor | None:
         input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
         reference = input_ids if input_ids is not None else embeds
+        if reference is None and "input_ids" not in self._parameters and not self._required():
+            return None
         if reference is None:
             raise ModalityError(
                 "The forward got neither input_ids nor inputs_embeds, so its tokens' modality is unknown. Pass one of them."
@@ -154,6 +162,8 @@ class ModalityHook:
             ids = ((types == 1) | (types == 2)).to(torch.int64)
         elif not self._sees_images:
             ids = torch.zeros(shape, dtype=torch.int64, device=reference.device)
+        elif not self._required():
+            return None
         else:
             wrong = "" if given is None else f" (modes_fx.token_modality() was given {list(given.shape)})"
             raise ModalityError(

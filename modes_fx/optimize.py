@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from modes_fx.backend import SkipBackend, no_compiler
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
-from modes_fx.modality import ModalityHook, token_ids_for
+from modes_fx.modality import ModalityWatch, token_ids_for
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
@@ -37,7 +38,7 @@ class _Optimized:
         self.rejections: dict[int, SiteRecord] = {}
         self.runtime = ModelRuntime(layers, RULES[rule])
         self.model_name = type(model).__name__
-        self.hooks: list[ModalityHook] = []
+        self.watches: list[ModalityWatch] = []
         self.regions = CompiledRegions()
         self.experts_before: Any = None
 
@@ -46,8 +47,8 @@ class _Optimized:
 
     def undo(self, model: Any) -> None:
         self.regions.suspend()
-        for hook in self.hooks:
-            hook.remove()
+        for watch in self.watches:
+            watch.remove()
         if self.experts_before is not None:
             model.set_experts_implementation(self.experts_before)
 
@@ -106,7 +107,7 @@ def optimize(
         state.layers, state.rejections = probe(layers, state.runtime, dispatch)
         if not state.runtime.sites:
             raise _no_site(state)
-        state.hooks = _watch(model, state)
+        state.watches = _watch(model, state)
         _compile(state, dispatch)
         state.runtime.set_bounds(bounds)
     except BaseException:
@@ -244,14 +245,17 @@ def _use_grouped_mm(model: Any) -> Any:
     return before
 
 
-def _watch(model: nn.Module, state: _Optimized) -> list[ModalityHook]:
-    """Hook the model, and each module on the way down to the regions that can be called with tokens of its own."""
+def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
+    """Watch the model, and each module on the way down to the regions that can be called with tokens of its own."""
     vision_ids, sees_images = token_ids_for(model)
     compiled = {id(module) for layer in state.layers for module in layer.region(state.region).modules()}
     outer = (module for module in model.modules() if id(module) not in compiled)
-    above = [module for module in outer if any(layer.experts in set(module.modules()) for layer in state.layers[:1])]
-    takes_tokens = [module for module in above if "inputs_embeds" in type(module).forward.__code__.co_varnames]
-    return [ModalityHook(module, vision_ids, sees_images=sees_images) for module in takes_tokens or [model]]
+    above = [module for module in outer if any(part is state.layers[0].experts for part in module.modules())]
+    takes_tokens = [module for module in above if "inputs_embeds" in inspect.signature(module.forward).parameters]
+    return [
+        ModalityWatch(module, vision_ids, sees_images=sees_images, required=lambda: not state.runtime.keeps_all)
+        for module in takes_tokens or [model]
+    ]
 
 
 def _compile(state: _Optimized, dispatch: Dispatch) -> None:

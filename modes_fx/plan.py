@@ -85,6 +85,8 @@ class SkipPlan:
             raise PlanError("A skip plan needs at least one point.")
         if self.rule not in RULES:
             raise PlanError(f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}.")
+        if not isinstance(self.model, Mapping) or not isinstance(self.provenance, Mapping):
+            raise PlanError("A plan's model and provenance are mappings.")
         for row in self.alpha or ():
             if len(row) != 2 or any(not math.isfinite(value) or value < 0 for value in row):
                 raise PlanError(f"alpha holds a (text, vision) pair of finite numbers >= 0 for each layer, got {row!r}.")
@@ -176,7 +178,7 @@ class SkipPlan:
             return cls(points=points, alpha=alpha or None, layers=tuple(content["layers"]), **rest)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} is not a whole skip plan ({type(error).__name__}: {error}). Make it again.") from error
 
     def check_model(self, config: Any) -> None:

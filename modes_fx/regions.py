@@ -6,6 +6,7 @@ same model. ``"moe"``: each MoE block. ``"layer"``: each decoder layer. ``"model
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 from modes_fx.errors import ModelError, ModesFxError
 
 Region = Literal["moe", "layer", "model"]
+
+_serial = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
             continue
         parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
         listed = next((i for i, parent in enumerate(parents) if _in_list(parent, modules)), None)
-        layer = parents[listed] if listed is not None else parents[0] if parents else name
+        block = parents[0] if parents and listed != 0 else name  # experts right under the decoder layer: no block between
+        layer = parents[listed] if listed is not None else block
         stack = parents[listed + 2] if listed is not None and listed + 2 < len(parents) else ""
-        block = parents[0] if parents and parents[0] != layer else name
         found.append(MoeLayer(name, module, modules[block], modules[layer], modules[stack]))
     return found
 
@@ -106,7 +109,9 @@ def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
     def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    own = types.FunctionType(call_module.__code__.replace(), call_module.__globals__, "call_module")
+    # Which dimensions vary dynamo remembers by file, line and name: another name keeps one model's sizes from another's.
+    name = f"call_module_{next(_serial)}"
+    own = types.FunctionType(call_module.__code__.replace(co_name=name), call_module.__globals__, name)
     compiled = torch.compile(own, backend=backend, fullgraph=True)
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ class ModelRuntime:
         self.sites: dict[int, SiteRecord] = {}
         self.rejections: list[SiteRecord] = []
         self.graphs = 0
-        self._keeps_all = True
+        self.keeps_all = True
         with torch.inference_mode(False):
             self._bounds = torch.full((len(layers), self.num_classes), rule.keep_all)
             self._bounds[:, PADDING] = rule.skip_all
@@ -50,12 +50,12 @@ class ModelRuntime:
     @property
     def bounds_in_force(self) -> Tensor | None:
         """float32 [L, 2], for (text, vision); None while all pairs are kept."""
-        return None if self._keeps_all else self._bounds[:, :PADDING].clone()
+        return None if self.keeps_all else self._bounds[:, :PADDING].clone()
 
     def set_bounds(self, bounds: Tensor | None) -> None:
         """Put new bounds in force: float32 [L, 2] for (text, vision), or None to keep all pairs. Compiles nothing."""
         self._bounds[:, :PADDING] = self.rule.keep_all if bounds is None else bounds
-        self._keeps_all = bounds is None
+        self.keeps_all = bounds is None
         for (layer, _), row in self._on_device.items():
             row.copy_(self._bounds[layer])
 
@@ -97,7 +97,7 @@ class ModelRuntime:
     def _token_classes(self, tokens: int, device: torch.device) -> Tensor:
         running = modality.running()
         if running is None:
-            if self._keeps_all:  # nothing depends on the modality then
+            if self.keeps_all:  # nothing depends on the modality then
                 return torch.zeros(tokens, dtype=torch.int64, device=device)
             raise ModalityError(
                 "An MoE block ran outside a forward of the optimised model, so its tokens' modality is unknown. Call the model "

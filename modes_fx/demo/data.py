@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def _ask_several(canvas: Canvas, n_questions: int, rng: np.random.Generator) -> 
     return samples
 
 
-def conversation(sample: Sample, answer: bool = True) -> list[dict]:
+def conversation(sample: Sample, answer: bool = True) -> list[dict[str, Any]]:
     """A sample as messages of a chat: the image, the question and, unless left out, the answer."""
     content = [{"type": "image"}, {"type": "text", "text": sample.question}]
     messages = [{"role": "user", "content": content}]

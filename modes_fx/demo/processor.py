@@ -1,5 +1,7 @@
 """The demo's processor: Qwen3-VL's, without the video processor, whose every class needs torchvision."""
 
+from typing import Any
+
 from transformers import AutoProcessor, Qwen2VLImageProcessorPil, Qwen3VLMoeConfig, Qwen3VLProcessor
 
 
@@ -10,7 +12,9 @@ class DemoProcessor(Qwen3VLProcessor):
     what leaves the part out.
     """
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
         """Take the parts that `from_pretrained` loaded."""
         # Where torchvision is installed, its image processor would have been loaded, whose pixels differ slightly.
         if image_processor is not None and not isinstance(image_processor, Qwen2VLImageProcessorPil):

@@ -18,12 +18,13 @@ on the sorted rows that mixes rows.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+from modes_fx.passes import rowwise
 from modes_fx.passes.site import Reject, RoutingSite
 
 FORM = "grouped_mm"
@@ -39,40 +40,48 @@ def match(histc: fx.Node) -> RoutingSite:
 
     Raises:
         Reject: With the code ``NOT_A_DISPATCH``, ``EXPERT_PARALLEL``, ``WEIGHTS_HAVE_OTHER_USERS``, ``BODY_MIXES_ROWS``,
-            ``NO_EXPERT_WEIGHTS`` or ``OUTPUT_WIDTH``.
+            ``BODY_HAS_FIXED_ROWS``, ``NO_EXPERT_WEIGHTS`` or ``OUTPUT_WIDTH``.
     """
     sorted_ids = _one_input(histc, "float", "int", "to")
     if not (_is_getitem(sorted_ids, 0) and _calls(_input(sorted_ids), torch.sort)):
         raise Reject("NOT_A_DISPATCH", "histc does not count sorted expert ids", histc)
     sort = _input(sorted_ids)
-    perm = _only(sort.users, lambda node: _is_getitem(node, 1), "sort has no permutation", sort)
-    offsets = _only(histc.users, lambda node: _calls(node, torch.cumsum), "histc is not summed to offsets", histc)
-    num_experts = histc.kwargs.get("bins")
-    pair_token = _only(perm.users, lambda node: _calls(node, operator.floordiv), "no perm // K", perm)
-    top_k = pair_token.args[1]
+    perm = _only(sort, lambda node: _is_getitem(node, 1), "sort has no permutation")
+    offsets = _only(histc, lambda node: _calls(node, torch.cumsum), "histc is not summed to offsets")
+    pair_token = _only(perm, lambda node: _calls(node, operator.floordiv), "no perm // K")
+    num_experts, top_k = histc.kwargs.get("bins"), pair_token.args[1]
     if not isinstance(num_experts, int) or not isinstance(top_k, int):
         raise Reject("NOT_A_DISPATCH", "the number of experts or K is not a constant", histc, pair_token)
     if any(node.target == "clamp_" for node in sorted_ids.users):
         raise Reject("EXPERT_PARALLEL", "expert ids hold sentinels of expert parallelism", sorted_ids)
 
-    gathered = _only(pair_token.users, _is_tensor_gather, "hidden rows are not gathered once", pair_token)
+    gathered = _only(pair_token, _is_tensor_gather, "hidden rows are not gathered once")
     hidden = _input(gathered)
-    weights_g = _only(perm.users, lambda node: _is_tensor_gather(node) and node.args[1] is perm, "weights are not sorted", perm)
-    inverse = _only(perm.users, lambda node: _calls(node, torch.empty_like), "no inverse permutation", perm)
-    restored = _only(
-        inverse.users, lambda node: _is_tensor_gather(node) and node.args[1] is inverse, "order not restored", inverse
-    )
+    weights_g = _only(perm, lambda node: _is_tensor_gather(node) and node.args[1] is perm, "weights are not sorted")
+    inverse = _only(perm, lambda node: _calls(node, torch.empty_like), "no inverse permutation")
+    restored = _only(inverse, lambda node: _is_tensor_gather(node) and node.args[1] is inverse, "order not restored")
     weighted = _input(restored)
-    view = _only(restored.users, lambda node: _method(node, "view"), "pairs are not summed a token", restored)
-    combined = _only(view.users, lambda node: _method(node, "sum"), "pairs are not summed a token", view)
+    view = _only(restored, lambda node: _method(node, "view"), "pairs are not summed a token")
+    combined = _only(view, lambda node: _method(node, "sum"), "pairs are not summed a token")
+    _check_sum(view, combined, hidden, top_k)
     _check_weights(weights_g, weighted)
-    body = _body((gathered, weights_g), weighted)
-    _check_rows(body, gathered)
+    by_expert = [node for node in sorted_ids.users if _is_tensor_gather(node) and node.args[1] is sorted_ids]  # biases
+    body = _body([gathered, weights_g, *by_expert], weighted)
     gemms = [node for node in body if offsets in node.all_input_nodes]
-    if not gemms or set(offsets.users) - set(gemms):
-        raise Reject("NOT_A_DISPATCH", "the offsets do not go to grouped GEMMs alone", offsets)
-    _check_other_users(perm, {pair_token, weights_g, inverse} | _inverse_writers(inverse), body)
-    if _width(weighted) != _width(hidden):
+    filling = [node for node in inverse.users if _calls(node, operator.setitem)]  # inverse[perm] = arange(S)
+    _check_users(sort, {sorted_ids, perm})
+    _check_users(sorted_ids, {*by_expert, *(node for node in histc.all_input_nodes if node is not sorted_ids), histc})
+    _check_users(histc, {offsets})
+    _check_users(offsets, set(gemms))
+    _check_users(perm, {pair_token, weights_g, inverse, *filling, *(node for node in perm.users if _method(node, "size"))})
+    _check_users(pair_token, {gathered})
+    _check_users(inverse, {restored, *filling})
+    _check_users(weighted, {restored})
+    _check_users(restored, {view})
+    _check_users(view, {combined})
+    if not gemms:
+        raise Reject("NOT_A_DISPATCH", "no grouped GEMM takes the offsets", offsets)
+    if _shape(weighted)[-1] != _shape(hidden)[-1]:
         raise Reject("OUTPUT_WIDTH", "the experts' output is not as wide as their input", weighted, hidden)
     return RoutingSite(
         form=FORM,
@@ -116,11 +125,18 @@ def _is_tensor_gather(node: fx.Node) -> bool:
     return _calls(node, operator.getitem) and isinstance(node.args[1], fx.Node)
 
 
-def _only(nodes: Iterable[fx.Node], accept: Callable[[fx.Node], bool], otherwise: str, *concerned: fx.Node) -> fx.Node:
-    found = [node for node in nodes if accept(node)]
+def _only(node: fx.Node, accept: Callable[[fx.Node], bool], otherwise: str) -> fx.Node:
+    """Return the node's one user of a kind."""
+    found = [user for user in node.users if accept(user)]
     if len(found) != 1:
-        raise Reject("NOT_A_DISPATCH", otherwise, *concerned)
+        raise Reject("NOT_A_DISPATCH", otherwise, node)
     return found[0]
+
+
+def _check_users(node: fx.Node, known: set[fx.Node]) -> None:
+    unknown = [user for user in node.users if user not in known]
+    if unknown:
+        raise Reject("NOT_A_DISPATCH", f"{node.name} is used outside the dispatch, by {unknown[0].name}", *unknown)
 
 
 def _one_input(node: fx.Node, *conversions: str) -> fx.Node:
@@ -139,43 +155,38 @@ def _check_weights(weights_g: fx.Node, weighted: fx.Node) -> None:
         )
 
 
-def _body(starts: tuple[fx.Node, ...], end: fx.Node) -> list[fx.Node]:
-    """Return, in graph order, the nodes on a path from a start to the end, both included."""
-    after: set[fx.Node] = set(starts)
+def _check_sum(view: fx.Node, combined: fx.Node, hidden: fx.Node, top_k: int) -> None:
+    dim = combined.args[1] if len(combined.args) > 1 else combined.kwargs.get("dim")
+    shape = _shape(view)
+    if dim != 1 or len(shape) != 3 or shape[1] != top_k or shape[0] != _shape(hidden)[0]:
+        raise Reject("NOT_A_DISPATCH", "pairs are not summed token by token", view, combined)
+
+
+def _body(starts: list[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """Return, in graph order, all that runs on sorted rows: what depends on ``starts``, up to and with ``end``.
+
+    In-place calls have no users but belong to it. Each node works row by row, and none but ``end`` is used outside.
+    """
+    inside = dict.fromkeys(starts)
     for node in end.graph.nodes:
-        if any(source in after for source in node.all_input_nodes):
-            after.add(node)
-    before: set[fx.Node] = {end}
-    for node in reversed(end.graph.nodes):
-        if node in before:
-            before.update(node.all_input_nodes)
-    return [node for node in end.graph.nodes if node in after and node in before]
+        if node not in inside and any(source in inside and source is not end for source in node.all_input_nodes):
+            inside[node] = None
+    for node in inside:
+        if node.op not in ("call_function", "call_method"):
+            raise Reject("BODY_MIXES_ROWS", f"sorted rows reach {node.name} outside the dispatch", node)
+        if node not in starts:
+            rowwise.check(node, inside)
+        if not node.users and not rowwise.is_in_place(node):
+            raise Reject("BODY_MIXES_ROWS", f"sorted rows of {node.name} are left unused", node)
+    if end not in inside:
+        raise Reject("NOT_A_DISPATCH", "the gathered rows do not reach the output", end)
+    position = {node: index for index, node in enumerate(end.graph.nodes)}
+    return sorted(inside, key=position.__getitem__)
 
 
-def _check_rows(body: list[fx.Node], gathered: fx.Node) -> None:
-    rows = gathered.meta["example_value"].shape[0]
-    inside = set(body)
-    for node in body:
-        value = node.meta.get("example_value")
-        tensors = value if isinstance(value, (tuple, list)) else (value,)
-        if any(isinstance(item, torch.Tensor) and (item.dim() == 0 or item.shape[0] != rows) for item in tensors):
-            raise Reject("BODY_MIXES_ROWS", f"{node.name} does not work row by row", node)
-        if any(user not in inside for user in node.users) and node is not body[-1]:
-            raise Reject("BODY_MIXES_ROWS", f"sorted rows of {node.name} are used outside the dispatch", node)
-
-
-def _inverse_writers(inverse: fx.Node) -> set[fx.Node]:
-    return {node for node in inverse.users if _calls(node, operator.setitem)}
-
-
-def _check_other_users(perm: fx.Node, known: set[fx.Node], body: list[fx.Node]) -> None:
-    unknown = [node for node in perm.users if node not in known and node not in body and not _method(node, "size")]
-    if unknown:
-        raise Reject("NOT_A_DISPATCH", "the permutation is used for something else too", *unknown)
-
-
-def _width(node: fx.Node) -> Any:
-    return node.meta["example_value"].shape[-1]
+def _shape(node: fx.Node) -> torch.Size:
+    shape: torch.Size = node.meta["example_value"].shape
+    return shape
 
 
 def _weight_inputs(gemm: fx.Node) -> tuple[str, ...]:

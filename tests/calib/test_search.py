@@ -1,0 +1,174 @@
+"""The search on a tiny model: targets met on the data, thresholds no worse than any of its grid, all of it on record."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import modes_fx
+from modes_fx.calib import Importance, Objective, Trial, search
+from modes_fx.calib.search import data_hash, score_grid
+from modes_fx.errors import CalibrationError, NotOptimizedError
+from modes_fx.optimize import optimized_state
+from modes_fx.plan import PlanPoint, SkipPlan
+from tests import tiny
+from tests.calib.conftest import Batch, oracle_kl, with_answers
+from tests.harness import model_state
+
+TARGETS = (0.3, 0.6)
+IMPORTANCE = Importance(((0.6, 1.0), (0.4, 0.0)), ((0.6, 1.0), (0.4, 0.0)), "reference", 12)
+
+
+@pytest.fixture(scope="module")
+def data() -> list[Batch]:
+    return [with_answers(1), with_answers(2, side="right")]
+
+
+@pytest.fixture(scope="module")
+def held_out() -> list[Batch]:
+    return [with_answers(9)]
+
+
+@pytest.fixture(scope="module")
+def trials() -> list[Trial]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def plan(model: nn.Module, data: list[Batch], held_out: list[Batch], trials: list[Trial]) -> SkipPlan:
+    return search(model, data, IMPORTANCE, TARGETS, gammas=(0.0, 0.5), grid_size=5, held_out=held_out, on_trial=trials.append)
+
+
+def test_each_target_is_met_on_the_data_by_the_oracles_count(plan: SkipPlan, data: list[Batch]) -> None:
+    assert plan.targets == TARGETS
+    for target in TARGETS:
+        kl, routed, kept = oracle_kl(data, plan.bounds(2, target))
+        point = plan.point(target)
+        ratio = 1 - int(kept.sum()) / int(routed.sum())
+        assert ratio >= target
+        assert point.realised["calibration"] == pytest.approx(ratio)
+        assert point.realised["text"] == pytest.approx(1 - int(kept[:, 0].sum()) / int(routed[:, 0].sum()))
+        assert point.realised["vision"] == pytest.approx(1 - int(kept[:, 1].sum()) / int(routed[:, 1].sum()))
+        assert point.kl["calibration"] == pytest.approx(kl, rel=1e-4, abs=1e-7)
+
+
+def test_no_choice_of_the_grid_meets_a_target_at_less_loss(model: nn.Module, plan: SkipPlan, data: list[Batch]) -> None:
+    """Exhaustive search over the same grid; where the search reports violations of monotonicity it may be beaten, slightly."""
+    objective = Objective(model, data)
+    routing = objective.routing_weights()
+    best = dict.fromkeys(TARGETS, math.inf)
+    for gamma in (0.0, 0.5):
+        grids = []
+        for modality in range(2):
+            scores = [row[modality] ** gamma * w for row, w in zip(IMPORTANCE.alpha, routing.weights(modality), strict=True)]
+            grids.append(score_grid(torch.cat(scores).sort().values, 5))
+        for text, vision in itertools.product(*grids):
+            candidate = SkipPlan((PlanPoint(None, text, vision, gamma),), IMPORTANCE.alpha)
+            evaluation = objective.evaluate(candidate.bounds(2))
+            for target in TARGETS:
+                if evaluation.skip_ratio >= target:
+                    best[target] = min(best[target], evaluation.kl)
+    slack = plan.provenance["search"]["largest_violation"]
+    for target in TARGETS:
+        assert best[target] <= plan.point(target).kl["calibration"] <= best[target] + slack + 1e-9
+
+
+def test_held_out_data_is_measured(plan: SkipPlan, held_out: list[Batch]) -> None:
+    for target in TARGETS:
+        kl, routed, kept = oracle_kl(held_out, plan.bounds(2, target))
+        assert plan.point(target).kl["held_out"] == pytest.approx(kl, rel=1e-4, abs=1e-7)
+        assert plan.point(target).realised["held_out"] == pytest.approx(1 - int(kept.sum()) / int(routed.sum()))
+
+
+def test_the_plan_says_where_it_came_from(plan: SkipPlan, data: list[Batch], trials: list[Trial]) -> None:
+    assert plan.alpha == IMPORTANCE.alpha
+    assert plan.layers == tuple(f"model.language_model.layers.{i}.mlp.experts" for i in range(2))
+    plan.check_model(tiny.make().config)
+    facts = plan.provenance
+    assert facts["data_hash"] == data_hash(data)
+    assert (facts["answer_tokens"], facts["importance_mode"]) == (12, "reference")
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["search"]["evaluations"] == len(trials) > 0
+    assert facts["search"]["gammas"] == [0.0, 0.5]
+    assert facts["search"]["unreachable_targets"] == []
+    assert {point.gamma for point in plan.points} <= {0.0, 0.5}
+
+
+def test_no_choice_is_evaluated_twice_and_none_outside_the_grid(plan: SkipPlan, trials: list[Trial]) -> None:
+    keys = [(trial.gamma, trial.tau_text, trial.tau_vision) for trial in trials]
+    assert len(set(keys)) == len(keys) <= 2 * 5 * 5
+    for point in plan.points:
+        assert (point.gamma, point.tau_text, point.tau_vision) in keys
+
+
+def test_the_plan_survives_its_file_and_takes_effect(model: nn.Module, plan: SkipPlan, tmp_path: Path) -> None:
+    path = plan.save(tmp_path / "plan.json")
+    assert SkipPlan.load(path) == plan
+    modes_fx.set_plan(model, path, target=TARGETS[0])
+    in_force = optimized_state(model).runtime.bounds_in_force
+    modes_fx.set_plan(model, None)
+    assert in_force.equal(plan.bounds(2, TARGETS[0]))
+
+
+def test_an_optimised_model_keeps_its_thresholds(model: nn.Module, data: list[Batch]) -> None:
+    modes_fx.set_plan(model, SkipPlan.uniform(text=0.25, vision=0.5))
+    search(model, data[:1], IMPORTANCE, [0.5], gammas=[0.0], grid_size=3)
+    assert optimized_state(model).runtime.bounds_in_force.tolist() == [[0.25, 0.5]] * 2
+    modes_fx.set_plan(model, None)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_stock_model_is_a_stock_model_afterwards(vlm: nn.Module, data: list[Batch]) -> None:
+    before = model_state(vlm)
+    search(vlm, data[:1], IMPORTANCE, [0.5], gammas=[0.0], grid_size=3)
+    assert model_state(vlm) == before
+    with pytest.raises(NotOptimizedError):
+        modes_fx.stats(vlm)
+
+
+def test_a_target_that_cannot_be_met_is_left_out_and_named(model: nn.Module, data: list[Batch]) -> None:
+    unknown = Importance(((0.0, 0.0),) * 2, ((0.0, 0.0),) * 2, "paper", 12)
+    plan = search(model, data[:1], IMPORTANCE, [0.5, 1.0], gammas=[0.0], grid_size=3)
+    assert plan.targets == (0.5, 1.0)  # the last threshold lies above every score
+    assert plan.point(1.0).realised["calibration"] == 1.0
+    assert search(model, data[:1], unknown, [0.5], gammas=[1.0], grid_size=3).point(0.5).realised["calibration"] >= 0.5
+
+
+@pytest.mark.parametrize("options", [{"grid_size": 1}, {"gammas": []}, {"targets": []}])
+def test_arguments_that_leave_nothing_to_search_are_refused(
+    model: nn.Module, data: list[Batch], options: dict[str, object]
+) -> None:
+    with pytest.raises(CalibrationError, match="grid of at least 2"):
+        search(model, data, IMPORTANCE, **options)
+
+
+def test_an_importance_of_another_model_is_refused(model: nn.Module, data: list[Batch]) -> None:
+    with pytest.raises(CalibrationError, match="3 MoE layers, the model has 2"):
+        search(model, data, Importance(((0.3, 0.3),) * 3, ((0.3, 0.3),) * 3, "paper", 12), [0.5])
+
+
+@pytest.mark.parametrize("target", [1.5, -0.1, math.nan])
+def test_a_target_outside_of_0_to_1_is_refused(model: nn.Module, data: list[Batch], target: float) -> None:
+    with pytest.raises((CalibrationError, modes_fx.errors.PlanError), match="arget"):
+        search(model, data[:1], IMPORTANCE, [target], gammas=[0.0], grid_size=2)
+
+
+def test_the_grid_steps_through_equal_shares_from_none_to_all() -> None:
+    scores = torch.rand(1000, generator=torch.Generator().manual_seed(0)).sort().values
+    grid = score_grid(scores, 11)
+    assert grid == sorted(set(grid))
+    assert len(grid) == 11
+    shares = [float((scores < tau).float().mean()) for tau in grid]
+    assert shares == pytest.approx([i / 10 for i in range(11)], abs=0.01)
+    assert score_grid(torch.full((5,), 0.25), 4)[0] == 0.0
+    assert score_grid(torch.empty(0), 4) == [0.0]
+
+
+def test_the_hash_of_data_sees_every_tensor_and_not_their_order_in_the_batch(data: list[Batch]) -> None:
+    shuffled = [dict(reversed(batch.items())) for batch in data]
+    assert data_hash(shuffled) == data_hash(data)
+    assert data_hash(data[:1]) != data_hash(data)
+    assert data_hash([{**data[0], "pixel_values": data[0]["pixel_values"] + 1}, data[1]]) != data_hash(data)

@@ -1,0 +1,100 @@
+"""An eager oracle of expert skipping, written without modes_fx: stock model, weights of dropped pairs set to 0."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Keep = Callable[[Tensor, Tensor], Tensor]
+
+
+def at_least(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
+    """The published rule: a pair is dropped if its weight is below the token's threshold."""
+    return ~(weights_TK.float() < bound_T[:, None])
+
+
+def largest(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
+    """Reduce-k, one token after the other."""
+    keep = torch.zeros(weights_TK.shape, dtype=torch.bool)
+    for token, weights in enumerate(weights_TK.float().tolist()):
+        order = sorted(range(len(weights)), key=lambda rank: (-weights[rank], rank))
+        for rank in order[: int(min(bound_T[token].item(), len(weights)))]:
+            keep[token, rank] = True
+    return keep
+
+
+@dataclass
+class Oracle:
+    """Runs forwards of a stock model with pairs dropped, and counts them.
+
+    Attributes:
+        model: Left as it is; a copy runs.
+        bounds: [L, 2], for (text, vision); None keeps all but padding's.
+        dtype: In which the copy computes.
+        keep: The rule.
+    """
+
+    model: nn.Module
+    bounds: Tensor | None
+    dtype: torch.dtype = torch.float64
+    keep: Keep = at_least
+    routed: Tensor = field(init=False)
+    kept: Tensor = field(init=False)
+    weights: list[list[Tensor]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = copy.deepcopy(self.model).to(self.dtype)
+        self.model.set_experts_implementation("eager")
+        self._experts = experts_of(self.model)
+        self.routed = torch.zeros(len(self._experts), 2, 2, dtype=torch.int64)  # [layer, modality, phase]
+        self.kept = torch.zeros_like(self.routed)
+        self.weights = [[] for _ in self._experts]
+        for layer, experts in enumerate(self._experts):
+            experts.register_forward_pre_hook(self._silence(layer))
+
+    def __call__(self, classes: Tensor, phase: int = 0, **inputs: Any) -> Any:
+        """Run one forward of tokens of the given classes: 0 text, 1 vision, 2 padding."""
+        self._classes, self._phase = classes.reshape(-1), phase
+        with torch.no_grad():
+            return self.model(**{name: self._cast(value) for name, value in inputs.items()})
+
+    def _cast(self, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.dtype) if floating else value
+
+    def _silence(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden, ids, weights_TK = args
+            self.weights[layer].append(weights_TK.detach().clone())
+            bounds = torch.zeros(2) if self.bounds is None else self.bounds[layer]
+            drop_all = 0.0 if self.keep is largest else float("inf")
+            if self.bounds is None and self.keep is largest:
+                bounds = torch.full((2,), float("inf"))
+            keep = self.keep(weights_TK, torch.cat([bounds, torch.tensor([drop_all])])[self._classes])
+            for modality in range(2):
+                mine = self._classes == modality
+                self.routed[layer, modality, self._phase] += int(mine.sum()) * weights_TK.shape[1]
+                self.kept[layer, modality, self._phase] += int(keep[mine].sum())
+            return hidden, ids, torch.where(keep, weights_TK, torch.zeros_like(weights_TK))
+
+        return hook
+
+
+def experts_of(model: nn.Module) -> list[nn.Module]:
+    """Return the experts modules in layer order, told by their name."""
+    return [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
+
+
+def random_bounds(model: nn.Module, classes: Tensor, seed: int = 0, **inputs: Any) -> Tensor:
+    """Return [L, 2] bounds between the smallest and the largest weight that the model dispatches, one layer at both ends."""
+    unskipped = Oracle(model, None)
+    unskipped(classes, **inputs)
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.empty(len(unskipped.weights), 2)
+    for layer, (weights,) in enumerate(unskipped.weights):
+        levels = torch.rand(2, generator=generator, dtype=torch.float64) * 0.7 + 0.2
+        bounds[layer] = torch.quantile(weights.double().flatten(), levels).float()
+    return bounds

@@ -1,0 +1,78 @@
+"""Real model families end to end, without Inductor: every site found, nothing changed at 0, the oracle's logits above it."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modes_fx
+from tests import harness, oracle, tiny
+from tests.harness import logits, plan_of, relative_error
+
+
+def inputs_for(family: str) -> dict[str, Tensor]:
+    return tiny.mixed_batch(seed=3) if family.endswith(("vl_moe", "4v_moe")) else tiny.text_batch()
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_family_is_rewritten_and_skips_what_the_oracle_skips(family: str) -> None:
+    model, inputs = tiny.make(family), inputs_for(family)
+    classes = tiny.classes(inputs)
+    real = classes != 2
+    stock = logits(model, inputs)
+    modes_fx.optimize(model)
+    report = modes_fx.report(model)
+    assert report.found == len(oracle.experts_of(model))
+    assert [site.status for site in report.sites] == ["rewritten"] * report.found, report.reasons()
+    assert relative_error(logits(model, inputs), stock, real) <= 1e-5
+
+    bounds = oracle.random_bounds(tiny.make(family), classes, seed=7, **inputs)
+    wanted = oracle.Oracle(tiny.make(family), bounds)
+    expected = wanted(classes, **inputs, use_cache=False).logits
+    modes_fx.set_plan(model, plan_of(bounds))
+    with modes_fx.stats(model) as stats:
+        actual = logits(model, inputs)
+    assert relative_error(actual, expected, real) <= 2e-5
+    assert relative_error(actual, stock, real) > 1e-3  # it did skip something that matters
+    assert stats.pairs_kept.equal(wanted.kept)
+    assert stats.pairs_routed.equal(wanted.routed)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_vl_moe"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_static_form_of_a_block_equals_its_compact_form(family: str, dtype: torch.dtype) -> None:
+    block = _block(tiny.make(family, dtype))
+    hidden = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    outputs = []
+    for dispatch in ("compact", "static"):
+        runtime = harness.FixedRuntime(torch.arange(12) % 3, torch.tensor([0.3, 0.45, float("inf")]), recording=True)
+        run = harness.compiled_block(block, dispatch, runtime)
+        with torch.no_grad():
+            out = run(hidden)
+        outputs.append((out[0] if isinstance(out, tuple) else out).float())
+        (graph,) = runtime.graphs
+        assert [(record.status, record.code, record.dispatch) for record in graph.records] == [("rewritten", "", dispatch)]
+        ((_, offsets),) = runtime.recorded
+        assert 0 < int(offsets[-1]) < 12 * graph.bindings[0].top_k
+    scale = outputs[0].abs().max()
+    # bfloat16: compact adds a token's experts up in float32, static in the stock order of the sum
+    assert (outputs[0] - outputs[1]).abs().max() <= (1e-5 if dtype is torch.float32 else 0.02) * scale
+
+
+def test_static_dispatch_of_a_whole_model_skips_what_the_oracle_skips(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = harness.GemmLog()
+    harness.compile_with(monkeypatch, log)
+    model, inputs = tiny.make(), inputs_for("qwen3_vl_moe")
+    classes = tiny.classes(inputs)
+    bounds = oracle.random_bounds(model, classes, seed=9, **inputs)
+    wanted = oracle.Oracle(tiny.make(), bounds)
+    expected = wanted(classes, **inputs, use_cache=False).logits
+    modes_fx.optimize(model, plan_of(bounds), dispatch="static")
+    assert relative_error(logits(model, inputs), expected, classes != 2) <= 2e-5
+    assert log.computed == [int(kept) for kept in wanted.kept.sum(dim=(1, 2)) for _ in range(2)]
+    assert set(log.rows) == {classes.numel() * 3}
+
+
+def _block(model: nn.Module) -> nn.Module:
+    experts = oracle.experts_of(model)[-1]
+    return next(module for module in model.modules() if experts in module.children())

@@ -1,0 +1,245 @@
+"""Near misses of the dispatch: each is refused with its code, and its graph stays as it was."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests import harness, oracle, tiny
+from tests.passes.conftest import Routing
+
+TOKENS, TOP_K, EXPERTS, HIDDEN = 5, 3, 4, 32
+GMM = torch.ops.transformers.grouped_mm_fallback
+
+Step = Callable[[Tensor], Any]
+
+
+def same(value: Tensor) -> Tensor:
+    return value
+
+
+def dispatch(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    body: Step = same,
+    weight: Step = same,
+    pairs: Step = same,
+    total: Step | None = None,
+    on_input: bool = False,
+    leak: str = "",
+    counted: str = "ids",
+    use_offsets: bool = False,
+) -> Any:
+    """The dispatch of transformers, with one step changed."""
+    tokens, k = ids.shape
+    flat = weights.reshape(-1)
+    sorted_ids, perm = torch.sort(ids.reshape(-1))
+    pair_token = perm // k
+    x = hidden[pair_token]
+    w = flat[perm]
+    histogram = torch.histc(
+        {"ids": sorted_ids, "unsorted": ids.reshape(-1), "hidden": hidden}[counted].float(),
+        bins=EXPERTS,
+        min=0,
+        max=EXPERTS - 1,
+    )
+    offsets = torch.cumsum(histogram, dim=0, dtype=torch.int32)
+    if on_input:
+        x = x * w.unsqueeze(-1)
+    y = body(GMM(torch.nn.functional.silu(GMM(x, w1, offs=offsets)), w2, offs=offsets))
+    weighted = y if on_input else y * weight(w).unsqueeze(-1)
+    inverse = torch.empty_like(perm)
+    inverse[perm] = torch.arange(perm.size(0))
+    restored = pairs(weighted[inverse])
+    out = total(restored) if total else restored.view(tokens, k, hidden.shape[1]).sum(dim=1)
+    if use_offsets:
+        out = out + offsets.sum()
+    leaks = {
+        "perm": perm, "pair_token": pair_token, "sorted_ids": sorted_ids, "w": w, "weighted": weighted, "restored": restored,
+        "y": y, "offsets": offsets, "histogram": histogram,
+    }  # fmt: skip
+    return (out, leaks[leak]) if leak else out
+
+
+def inputs(hidden: int = HIDDEN) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    scores, ids = torch.topk(torch.rand(TOKENS, EXPERTS, generator=generator), TOP_K)
+    x = torch.randn(TOKENS, hidden, generator=generator)
+    return (
+        x,
+        ids,
+        scores,
+        torch.randn(EXPERTS, hidden, 8, generator=generator),
+        torch.randn(EXPERTS, 8, hidden, generator=generator),
+    )
+
+
+def refused(function: Callable[..., Any], *args: Any, dispatch: str = "compact") -> str:
+    """Assert that nothing is rewritten, and return the reason."""
+    found = harness.capture(function, *args, dispatch=dispatch)
+    if found.rewritten.bindings:
+        pytest.fail("it was rewritten")
+    assert not found.rewritten.extra_inputs
+    assert harness.text(found.rewritten.module) == found.before
+    assert harness.text(found.graph) == found.before
+    (record,) = found.rewritten.records
+    assert record.status == "rejected"
+    assert record.detail
+    return record.code
+
+
+def variant(form: str = "compact", **changes: Any) -> str:
+    return refused(functools.partial(dispatch, **changes), *inputs(), dispatch=form)
+
+
+def test_the_imitation_itself_is_rewritten() -> None:
+    for form in ("compact", "static"):
+        found = harness.capture(dispatch, *inputs(), dispatch=form)
+        assert [record.status for record in found.rewritten.records] == ["rewritten"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"leak": "w"},
+        {"on_input": True},
+        {"weight": torch.square},
+        {"weight": lambda w: w - w.max()},
+        {"weight": lambda w: 1.0 + w},
+        {"body": same, "weight": torch.ones_like},
+    ],
+    ids=["used twice", "scale the input", "squared", "normalised over rows", "offset by one", "ignored"],
+)
+def test_weights_that_do_more_than_multiply_the_output(changes: dict[str, Any]) -> None:
+    assert variant(**changes) == "WEIGHTS_HAVE_OTHER_USERS"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda y: y + y.sum(0, keepdim=True),
+        lambda y: y - y.mean(),
+        lambda y: y.cumsum(0),
+        lambda y: y.softmax(0),
+        lambda y: y.flip(0),
+        lambda y: y.roll(1, 0),
+        lambda y: y @ y.t() @ y,
+    ],
+    ids=["sum", "mean of all", "cumsum", "softmax", "flip", "roll", "attention"],
+)
+def test_a_body_that_mixes_rows(body: Step) -> None:
+    assert variant("static", body=body) == "BODY_MIXES_ROWS"  # static: nothing but the matcher can notice
+
+
+@pytest.mark.parametrize("form", ["compact", "static"])
+def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(form: str) -> None:
+    function = functools.partial(dispatch, body=lambda y: y + y.sum(0))
+    assert refused(function, *inputs(hidden=TOKENS * TOP_K), dispatch=form) in ("BODY_MIXES_ROWS", "BODY_HAS_FIXED_ROWS")
+
+
+@pytest.mark.parametrize("leak", ["y", "weighted", "restored", "perm", "pair_token", "sorted_ids"])
+def test_values_of_all_pairs_that_are_used_outside_the_dispatch(leak: str) -> None:
+    assert variant(leak=leak) in ("BODY_MIXES_ROWS", "NOT_A_DISPATCH")
+
+
+@pytest.mark.parametrize("leak", ["offsets", "histogram"])
+def test_expert_loads_that_are_used_outside_the_dispatch(leak: str) -> None:
+    assert variant(leak=leak) == "NOT_A_DISPATCH"
+
+
+def test_offsets_that_take_part_in_the_output() -> None:
+    assert variant(use_offsets=True) == "NOT_A_DISPATCH"
+
+
+@pytest.mark.parametrize("counted", ["hidden", "unsorted"])
+def test_a_histogram_of_something_else(counted: str) -> None:
+    assert variant(counted=counted) == "NOT_A_DISPATCH"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"total": lambda pairs: pairs.view(TOKENS, TOP_K, HIDDEN).mean(dim=1)},
+        {"total": lambda pairs: pairs.view(TOKENS, TOP_K, HIDDEN).amax(dim=1)},
+        {"total": lambda pairs: pairs.view(TOP_K, TOKENS, HIDDEN).sum(dim=0)},
+        {"total": lambda pairs: pairs.view(TOKENS, TOP_K, HIDDEN).sum(dim=2)},
+        {"total": lambda pairs: pairs.view(TOKENS, TOP_K, HIDDEN).sum()},
+        {"pairs": torch.abs},
+    ],
+    ids=["mean", "max", "ranks first", "over features", "over all", "after another step"],
+)
+def test_pairs_that_are_not_summed_token_by_token(changes: dict[str, Any]) -> None:
+    assert variant(**changes) == "NOT_A_DISPATCH"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda y: y.view(TOKENS * TOP_K, 2, HIDDEN // 2).flatten(1),
+        lambda y: y + torch.arange(float(TOKENS * TOP_K)).unsqueeze(1),
+    ],
+    ids=["reshape", "a table by position"],
+)
+def test_compact_refuses_a_body_that_names_the_number_of_pairs(body: Step) -> None:
+    assert variant(body=body) in ("BODY_HAS_FIXED_ROWS", "BODY_MIXES_ROWS")
+
+
+def test_output_of_another_width_than_the_input() -> None:
+    x, ids, scores, w1, w2 = inputs()
+
+    def narrow(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, w2: Tensor) -> Any:
+        wide = functools.partial(dispatch, total=lambda pairs: pairs.view(TOKENS, TOP_K, 8).sum(dim=1))
+        return wide(x, ids, scores, w1, w2)
+
+    assert refused(narrow, x, ids, scores, w1, w2[:, :, :8]) == "OUTPUT_WIDTH"
+
+
+def test_experts_whose_weights_are_no_inputs() -> None:
+    rest = inputs()[:3]
+
+    def made_inside(x: Tensor, ids: Tensor, scores: Tensor) -> Any:
+        return dispatch(x, ids, scores, torch.ones(EXPERTS, HIDDEN, 8), torch.ones(EXPERTS, 8, HIDDEN))
+
+    assert refused(made_inside, *rest) == "NO_EXPERT_WEIGHTS"
+
+
+@pytest.mark.parametrize("form", ["compact", "static"])
+def test_expert_parallel_experts(form: str) -> None:
+    experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts._is_expert_parallel = True
+    routing = Routing.random(4, torch.float32)
+    code = refused(experts.forward, routing.hidden, routing.ids, routing.weights, dispatch=form)
+    assert code == "EXPERT_PARALLEL"
+
+
+@pytest.mark.parametrize("form", ["compact", "static"])
+def test_a_graph_without_a_dispatch_is_left_alone_and_has_no_record(form: str) -> None:
+    found = harness.capture(lambda x: torch.relu(x) + 1, torch.randn(3, 4), dispatch=form)
+    assert found.rewritten.records == found.rewritten.bindings == ()
+    assert harness.text(found.rewritten.module) == found.before
+
+
+@pytest.mark.parametrize("form", ["compact", "static"])
+def test_a_refused_site_leaves_another_of_the_same_graph_rewritten(form: str) -> None:
+    def two(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, w4: Tensor) -> Tensor:
+        bad = dispatch(x, ids, scores, w1, w2, weight=torch.square)
+        return dispatch(bad, ids, scores, w3, w4)
+
+    x, ids, scores, w1, w2 = inputs()
+    args = (x, ids, scores, w1, w2, w1 + 1, w2 - 1)
+    found = harness.capture(two, *args, dispatch=form)
+    assert sorted((record.status, record.code) for record in found.rewritten.records) == [
+        ("rejected", "WEIGHTS_HAVE_OTHER_USERS"),
+        ("rewritten", ""),
+    ]
+    runtime = harness.FixedRuntime(bounds=torch.tensor([float("inf")] * 3))
+    with torch.no_grad():
+        out = harness.compiled_block(two, form, runtime)(*args)
+    assert not out.any()

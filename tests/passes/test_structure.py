@@ -1,0 +1,209 @@
+"""What stands in the graph after the rewrite, and that nothing else was touched."""
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from modes_fx.passes.skip_experts import skip_experts
+from modes_fx.policy import RULES
+from tests import harness, oracle, tiny
+from tests.passes.conftest import EXPERTS, FORMS, HIDDEN, TOP_K, Routing
+
+TOKENS = 7
+PAIRS = TOKENS * TOP_K
+_captured: dict[tuple[str, torch.dtype], harness.Capture] = {}
+
+
+@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{str(form[1])[6:]}")
+def form(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+    return request.param
+
+
+@pytest.fixture
+def captured(form: tuple[str, torch.dtype]) -> harness.Capture:
+    if form not in _captured:
+        dispatch, dtype = form
+        experts = oracle.experts_of(tiny.make("olmoe", dtype))[0]
+        routing = Routing.random(TOKENS, dtype)
+        _captured[form] = harness.capture(experts.forward, routing.hidden, routing.ids, routing.weights, dispatch=dispatch)
+    return _captured[form]
+
+
+def only(module: fx.GraphModule, target: Any) -> fx.Node:
+    (node,) = (node for node in module.graph.nodes if node.target == target)
+    return node
+
+
+def gemms(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if node.target in harness.GEMMS]
+
+
+def example(node: fx.Node) -> Any:
+    return node.meta["example_value"]
+
+
+def test_the_site_is_recorded_as_rewritten(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
+    (record,) = captured.rewritten.records
+    assert (record.status, record.code, record.form) == ("rewritten", "", "grouped_mm")
+    assert (record.dispatch, record.top_k, record.num_experts) == (form[0], TOP_K, EXPERTS)
+    assert "gate_up_proj" in record.source
+
+
+def test_each_dtype_keeps_its_own_gemm(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
+    float32, bfloat16 = harness.GEMMS
+    target = float32 if form[1] is torch.float32 else bfloat16
+    assert [node.target for node in gemms(captured.rewritten.module)] == [target, target]
+
+
+def test_dynamos_graph_is_left_as_it_was(captured: harness.Capture) -> None:
+    assert harness.text(captured.graph) == captured.before
+    assert harness.text(captured.rewritten.module) != captured.before
+    mine, theirs = set(captured.graph.graph.nodes), set(captured.rewritten.module.graph.nodes)
+    assert not mine & theirs
+
+
+def test_inputs_and_outputs_of_the_original_come_first(captured: harness.Capture) -> None:
+    before = [node.target for node in captured.graph.graph.nodes if node.op == "placeholder"]
+    after = [node for node in captured.rewritten.module.graph.nodes if node.op == "placeholder"]
+    assert [node.target for node in after][: len(before)] == before
+    classes, bounds = after[len(before) :]
+    assert (example(classes).dtype, tuple(example(classes).shape)) == (torch.int64, (TOKENS,))
+    assert (example(bounds).dtype, tuple(example(bounds).shape)) == (torch.float32, (3,))
+    assert [tuple(value.shape) for value in captured.rewritten.extra_inputs] == [(TOKENS,), (3,)]
+    (binding,) = captured.rewritten.bindings
+    assert all("gate_up_proj" in before[position] for position in binding.weight_inputs)
+    outputs = captured.rewritten.module.graph.output_node().args[0]
+    assert len(outputs) == len(captured.graph.graph.output_node().args[0]) + 2
+
+
+def test_thresholds_and_modality_are_inputs_never_constants(captured: harness.Capture) -> None:
+    module = captured.rewritten.module
+    compare = only(module, operator.ge)
+    assert compare.args[1].args[0].target is operator.getitem  # bounds[token_class].unsqueeze(1)
+    bounds, classes = compare.args[1].args[0].args
+    assert (bounds.op, classes.op) == ("placeholder", "placeholder")
+    assert example(compare.args[0]).dtype is torch.float32
+
+
+def test_compact_gathers_kept_pairs_and_adds_them_back_in_float32(
+    form: tuple[str, torch.dtype], captured: harness.Capture
+) -> None:
+    if form[0] != "compact":
+        pytest.skip("compact form")
+    module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
+    assert names.count("nonzero") == 1
+    assert not {torch.empty_like, operator.setitem, torch.arange, "view"} & set(names), "stock un-permute left over"
+    added = only(module, "index_add")
+    total, dim, rows, values = added.args
+    assert (total.target, total.kwargs["dtype"], dim) == (torch.zeros_like, torch.float32, 0)
+    assert example(values).dtype is torch.float32
+    assert (rows.target, rows.args[1]) == (operator.floordiv, TOP_K)
+    assert names.index("index_add") > max(i for i, name in enumerate(names) if name in harness.GEMMS)
+    (first,) = (node for node in module.graph.nodes if node.target is torch.sort)
+    assert first.args[0].args[1].target == "squeeze"  # expert_ids[kept]
+
+
+def test_static_keeps_fixed_shapes_and_selects_the_kept_rows(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
+    if form[0] != "static":
+        pytest.skip("static form")
+    module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
+    assert not {"nonzero", "item", "tolist", torch.nonzero, "index_add", "masked_select"} & set(names)
+    marked, selected = (node for node in module.graph.nodes if node.target is torch.where)
+    assert marked.args[2] == EXPERTS
+    assert only(module, torch.sort).args[0] is marked
+    weighted = selected.args[1]
+    assert (weighted.target, tuple(example(weighted).shape)) == (operator.mul, (PAIRS, HIDDEN))
+    assert list(weighted.users) == [selected]
+    assert selected.args[2] == 0.0
+    (restored,) = selected.users
+    assert restored.target is operator.getitem
+
+
+def test_every_node_has_fake_metadata_of_one_mode(captured: harness.Capture) -> None:
+    modes = set()
+    for node in captured.rewritten.module.graph.nodes:
+        if node.op in ("placeholder", "call_function", "call_method") and node.users:
+            value = example(node)
+            modes |= {item.fake_mode for item in _tensors(value) if isinstance(item, FakeTensor)}
+    assert len(modes) == 1
+    assert captured.rewritten.extra_inputs[0].fake_mode in modes
+
+
+def test_rows_have_an_unbacked_size_in_compact_and_a_fixed_one_in_static(
+    form: tuple[str, torch.dtype], captured: harness.Capture
+) -> None:
+    for gemm in gemms(captured.rewritten.module):
+        for value in (example(gemm), example(gemm.args[0])):
+            if form[0] == "compact":
+                assert free_unbacked_symbols(value.shape[0])
+            else:
+                assert value.shape[0] == PAIRS
+    result = captured.rewritten.module.graph.output_node().args[0][0]
+    assert tuple(example(result).shape) == (TOKENS, HIDDEN)
+    assert not free_unbacked_symbols(example(result))
+
+
+def test_metadata_agrees_with_what_really_runs(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
+    module = captured.rewritten.module
+    routing = Routing.random(TOKENS, form[1], seed=1)
+    experts = oracle.experts_of(tiny.make("olmoe", form[1]))[0]
+    values: dict[str, Tensor] = {}
+
+    class Checked(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            result = super().run_node(node)
+            if node.op != "output" and node.users:
+                for real, fake in zip(_tensors(result), _tensors(example(node)), strict=True):
+                    assert real.dtype == fake.dtype, node
+                    assert len(real.shape) == len(fake.shape), node
+                    for size, known in zip(real.shape, fake.shape, strict=True):
+                        assert not isinstance(known, int) or size == known, node
+                    values[node.name] = real
+            return result
+
+    with torch.no_grad():
+        Checked(module).run(*(_real(node, routing, experts) for node in module.graph.nodes if node.op == "placeholder"))
+    assert values
+
+
+def test_the_pass_finds_nothing_more_to_rewrite_in_its_own_result(
+    form: tuple[str, torch.dtype], captured: harness.Capture
+) -> None:
+    once = captured.rewritten.module
+    before = harness.text(once)
+    twice = skip_experts(once, RULES["threshold"].keep, form[0], 3)
+    assert not twice.bindings
+    assert [record.status for record in twice.records] == ["rejected"]
+    assert harness.text(once) == before
+    assert harness.text(twice.module) == before
+
+
+def test_auto_is_compact_on_a_cpu() -> None:
+    experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    routing = Routing.random(TOKENS, torch.float32)
+    found = harness.capture(experts.forward, routing.hidden, routing.ids, routing.weights, dispatch="auto")
+    assert [record.dispatch for record in found.rewritten.records] == ["compact"]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, Tensor)] if isinstance(value, (tuple, list)) else []
+
+
+def _real(placeholder: fx.Node, routing: Routing, experts: nn.Module) -> Tensor:
+    """Return what the experts module would be called with; its parameters by name, the rest by dtype and shape."""
+    name, value = str(placeholder.target), example(placeholder)
+    for key, parameter in experts.named_parameters():
+        if key in name:
+            return parameter
+    if "modes_fx_bounds" in name:
+        return torch.tensor([0.3, 0.3, 0.0])
+    if value.dtype is torch.int64:
+        return torch.zeros(TOKENS, dtype=torch.int64) if "modes_fx_token_class" in name else routing.ids
+    return routing.hidden if value.shape[-1] == HIDDEN else routing.weights

@@ -1,0 +1,75 @@
+"""The bare backend, found by name through its entry point, with real Inductor code."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modes_fx
+from modes_fx.errors import ModalityError, PlanError
+from modes_fx.plan import PlanPoint, SkipPlan
+from tests import tiny
+from tests.harness import plan_of, relative_error
+from tests.oracle import Oracle, random_bounds
+
+LAYERS = tuple(f"model.layers.{i}.mlp.experts" for i in range(2))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(model: nn.Module, options: dict[str, object], **inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.compile(model, backend="modes_fx", options=options)(**inputs, use_cache=False).logits
+
+
+def test_a_plan_by_layer_skips_what_the_oracle_drops() -> None:
+    model = tiny.make("qwen3_moe")
+    ids = tiny.text_batch(2, 5)["input_ids"]
+    classes = torch.zeros_like(ids)
+    bounds = random_bounds(model, classes, input_ids=ids)
+    by_layer = plan_of(bounds)
+    plan = SkipPlan(by_layer.points, by_layer.alpha, LAYERS)
+    wanted = Oracle(model, bounds)(classes, input_ids=ids).logits
+    assert relative_error(run(model, {"plan": plan, "vision_token_ids": [tiny.IMAGE]}, input_ids=ids), wanted, classes == 0) < 1e-5
+
+
+def test_without_a_plan_everything_is_kept() -> None:
+    model = tiny.make("qwen3_moe")
+    ids = tiny.text_batch(1, 4)["input_ids"]
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    assert relative_error(run(model, {"max_autotune": False}, input_ids=ids), wanted, ids >= 0) < 1e-5
+
+
+def test_modality_without_placeholder_ids_is_an_error_that_says_what_to_pass() -> None:
+    model = tiny.make("qwen3_moe")
+    plan = SkipPlan.uniform(text=0.1, vision=0.3)
+    with pytest.raises(ModalityError, match="vision_token_ids"):
+        run(model, {"plan": plan}, input_ids=tiny.text_batch(1, 4)["input_ids"])
+
+
+def test_embeddings_after_ids_do_not_get_the_older_modality() -> None:
+    model = tiny.make("qwen3_moe")
+    ids = tiny.text_batch(1, 4)["input_ids"]
+    options = {"plan": SkipPlan.uniform(text=0.1, vision=0.3), "vision_token_ids": [tiny.IMAGE]}
+    compiled = torch.compile(model, backend="modes_fx", options=options)
+    embeds = model.get_input_embeddings()(ids).detach()
+    with torch.no_grad():
+        compiled(input_ids=ids, use_cache=False)
+        with pytest.raises(ModalityError, match="token_modality"):
+            compiled(inputs_embeds=embeds, use_cache=False)
+        with modes_fx.token_modality(torch.zeros_like(ids)):
+            assert compiled(inputs_embeds=embeds, use_cache=False).logits.isfinite().all()
+
+
+def test_a_layer_that_cannot_be_told_is_refused() -> None:
+    model = tiny.make("qwen3_moe")
+    plan = SkipPlan((PlanPoint(None, 0.1, 0.1),), ((0.5, 0.5), (0.5, 0.5)), ("elsewhere.0", "elsewhere.1"))
+    with pytest.raises(PlanError, match="importances by layer"):
+        run(model, {"plan": plan}, input_ids=tiny.text_batch(1, 4)["input_ids"])

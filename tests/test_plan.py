@@ -1,0 +1,232 @@
+"""Skip plans: bounds, files, and what is refused."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modes_fx.errors import ModesFxError, PlanError
+from modes_fx.plan import SCHEMA_VERSION, PlanPoint, SkipPlan, config_hash, describe_model
+from tests import tiny
+
+INF = math.inf
+ALPHA = ((0.5, 0.75), (0.3, 0.25), (0.2, 0.0))
+POINTS = (
+    PlanPoint(0.5, 0.01, 0.02, 0.5, {"calibration": 0.51, "text": 0.4}, {"calibration": 0.1, "held_out": 0.2}),
+    PlanPoint(0.875, 0.1, INF, 1.0),
+)
+NUMBER = st.one_of(st.floats(0, 1e6, width=32), st.just(INF))
+
+
+@pytest.fixture
+def plan() -> SkipPlan:
+    config = tiny.make().config
+    return SkipPlan(
+        POINTS,
+        ALPHA,
+        layers=("a.experts", "b.experts", "c.experts"),
+        model=describe_model(config),
+        provenance={"seed": 3, "versions": {"torch": "2"}},
+    )
+
+
+@pytest.fixture
+def path(plan: SkipPlan, tmp_path: Path) -> Path:
+    return plan.save(tmp_path / "plan.json")
+
+
+def changed(path: Path, **changes: Any) -> Path:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+def test_what_was_saved_is_what_is_loaded(plan: SkipPlan, path: Path) -> None:
+    assert SkipPlan.load(path) == plan
+    assert SkipPlan.load(str(path)) == plan
+
+
+def test_an_infinite_threshold_survives_in_standard_json(path: Path) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    json.loads(path.read_text(), parse_constant=refuse)
+    assert SkipPlan.load(path).point(0.875).tau_vision == INF
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(text=NUMBER, vision=NUMBER, gamma=st.floats(0, 4), rule=st.sampled_from(["threshold", "reduce_k"]))
+def test_any_thresholds_survive_a_file(
+    tmp_path_factory: pytest.TempPathFactory, text: float, vision: float, gamma: float, rule: str
+) -> None:
+    plan = SkipPlan((PlanPoint(None, text, vision, gamma),), rule=rule)
+    assert SkipPlan.load(plan.save(tmp_path_factory.mktemp("plan") / "plan.json")) == plan
+
+
+def test_an_interrupted_save_leaves_the_old_plan_and_nothing_else(
+    plan: SkipPlan, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        SkipPlan.uniform(text=0.5, vision=0.5).save(path)
+    assert SkipPlan.load(path) == plan
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_targets_ascend_and_the_largest_is_the_default(plan: SkipPlan) -> None:
+    assert plan.targets == (0.5, 0.875)
+    assert plan.point() == POINTS[1]
+    assert plan.point(0.5) == POINTS[0]
+    assert plan.point(0.25 + 0.25) == POINTS[0]
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones(plan: SkipPlan) -> None:
+    with pytest.raises(PlanError, match=r"0\.6.*0\.5, 0\.875"):
+        plan.point(0.6)
+    with pytest.raises(PlanError, match="by hand"):
+        SkipPlan.uniform(text=0.1, vision=0.1).point(0.5)
+
+
+def test_bounds_are_tau_over_alpha_to_the_gamma(plan: SkipPlan) -> None:
+    bounds = plan.bounds(3, 0.5)
+    assert bounds.dtype is torch.float32
+    wanted = [[0.01 / text**0.5, 0.02 / vision**0.5 if vision else INF] for text, vision in ALPHA]
+    torch.testing.assert_close(bounds, torch.tensor(wanted))
+
+
+def test_alpha_of_zero_skips_all() -> None:
+    assert SkipPlan((PlanPoint(None, 0.1, 0.1),), ((0.0, 1.0),)).bounds(1).tolist()[0][0] == INF
+
+
+def test_tau_of_zero_keeps_all_whatever_alpha() -> None:
+    for gamma in (0.0, 0.5, 1.0):
+        assert SkipPlan((PlanPoint(None, 0.0, 0.0, gamma),), ALPHA).bounds(3).tolist() == [[0.0, 0.0]] * 3
+
+
+def test_gamma_of_zero_leaves_alpha_out_also_where_it_is_zero() -> None:
+    bounds = SkipPlan((PlanPoint(None, 0.25, 0.5, 0.0),), ALPHA).bounds(3)
+    assert bounds.tolist() == [[0.25, 0.5]] * 3
+
+
+def test_uniform_thresholds_stand_directly_on_the_weights() -> None:
+    assert SkipPlan.uniform(text=0.25, vision=0.5).bounds(2).tolist() == [[0.25, 0.5]] * 2
+
+
+def test_reduce_k_bounds_are_k() -> None:
+    plan = SkipPlan.reduce_k(3)
+    assert (plan.rule, plan.bounds(2).tolist()) == ("reduce_k", [[3.0, 3.0]] * 2)
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1, -INF, "0.1", None])
+@pytest.mark.parametrize("name", ["tau_text", "tau_vision", "gamma"])
+def test_thresholds_that_are_no_number_or_below_zero_are_refused_by_name(name: str, value: Any) -> None:
+    arguments = {"target": None, "tau_text": 0.1, "tau_vision": 0.1, "gamma": 1.0, name: value}
+    with pytest.raises(PlanError, match=name):
+        PlanPoint(**arguments)
+
+
+@pytest.mark.parametrize("value", [math.nan, -0.1])
+def test_uniform_refuses_them_too(value: float) -> None:
+    with pytest.raises(PlanError, match="tau_vision"):
+        SkipPlan.uniform(text=0.1, vision=value)
+
+
+@pytest.mark.parametrize("target", [-0.1, 1.5, math.nan])
+def test_a_target_outside_of_0_to_1_is_refused(target: float) -> None:
+    with pytest.raises(PlanError, match="target"):
+        PlanPoint(target, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"points": ()}, {"rule": "magic"}, {"alpha": ((0.1, math.nan),)}, {"alpha": ((0.1, -1.0),)}, {"alpha": ((0.1,),)}],
+    ids=["no point", "unknown rule", "alpha NaN", "alpha negative", "alpha for one modality"],
+)
+def test_a_plan_that_makes_no_sense_is_refused(plan: SkipPlan, changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanError):
+        dataclasses.replace(plan, **changes)
+
+
+def test_importance_for_another_number_of_layers_is_refused(plan: SkipPlan) -> None:
+    with pytest.raises(PlanError, match=r"3 MoE layers.*has 4"):
+        plan.bounds(4, 0.5)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"none\.json.*No such file"):
+        SkipPlan.load(tmp_path / "none.json")
+
+
+def test_a_folder_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="Cannot read"):
+        SkipPlan.load(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused_by_name(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content.rstrip()) * share)])
+    with pytest.raises(PlanError, match=r"plan\.json is not a whole"):
+        SkipPlan.load(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1, 2]", b"{}", b"null", b'"text"'])
+def test_a_file_that_is_no_plan_is_refused(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        SkipPlan.load(path)
+
+
+def test_a_newer_schema_is_refused_with_what_to_do(path: Path) -> None:
+    with pytest.raises(PlanError, match=f"version {SCHEMA_VERSION + 1}.*Upgrade"):
+        SkipPlan.load(changed(path, schema_version=SCHEMA_VERSION + 1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"points": [{"target": 0.5}]},
+        {"points": [{"target": 0.5, "tau_text": 0.1, "tau_vision": 0.1, "surprise": 1}]},
+        {"points": [{"target": 0.5, "tau_text": -1, "tau_vision": 0.1}]},
+        {"points": 3},
+        {"points": []},
+        {"points": [None]},
+        {"alpha": [[0.1, "x"]]},
+        {"alpha": 3},
+        {"rule": "magic"},
+        {"model": 3},
+        {"schema_version": "1"},
+    ],
+)
+def test_a_file_with_other_fields_is_refused_by_name(path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=r"plan\.json"):
+        SkipPlan.load(changed(path, **changes))
+
+
+def test_a_plan_fits_its_model_in_any_dtype_and_no_other(plan: SkipPlan) -> None:
+    plan.check_model(tiny.make(dtype=torch.bfloat16).config)
+    with pytest.raises(PlanError, match=r"qwen3_vl_moe.*mixtral.*Calibrate"):
+        plan.check_model(tiny.make("mixtral").config)
+
+
+def test_the_hash_sees_architecture_alone() -> None:
+    config = tiny.make().config
+    before = config_hash(config)
+    config._name_or_path, config.text_config.use_cache = "elsewhere", False
+    assert config_hash(config) == before
+    config.text_config.num_experts += 1
+    assert config_hash(config) != before
+
+
+def test_a_plan_made_by_hand_fits_any_model() -> None:
+    SkipPlan.uniform(text=0.1, vision=0.1).check_model(tiny.make("mixtral").config)
+    assert issubclass(PlanError, ModesFxError)

@@ -1,0 +1,54 @@
+"""The keep-rules."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modes_fx.policy import RULES, among_largest, at_least_threshold
+from tests import oracle
+
+FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+WEIGHTS = st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=4, max_size=4), min_size=1, max_size=5).map(
+    torch.tensor
+)
+
+
+def test_a_weight_is_kept_from_its_threshold_on() -> None:
+    weights = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
+    assert at_least_threshold(weights, torch.tensor([0.3, 0.31])).tolist() == [[True, True, False], [True, False, False]]
+
+
+def test_a_threshold_of_zero_keeps_weights_of_zero_and_an_infinite_one_keeps_nothing() -> None:
+    weights = torch.tensor([[1.0, 0.0]])
+    assert at_least_threshold(weights, torch.tensor([0.0])).all()
+    assert not at_least_threshold(weights, torch.tensor([math.inf])).any()
+
+
+def test_ties_go_to_the_earlier_expert_so_that_exactly_k_are_kept() -> None:
+    weights = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.1, 0.4]])
+    assert among_largest(weights, torch.tensor([2.0, 3.0])).tolist() == [[True, True, False, False], [True, True, False, True]]
+
+
+@FAST
+@given(WEIGHTS, st.integers(0, 5))
+def test_reduce_k_equals_sorting_each_token_and_keeps_k(weights: torch.Tensor, k: int) -> None:
+    bound = torch.full((len(weights),), float(k))
+    kept = among_largest(weights, bound)
+    assert kept.equal(oracle.largest(weights, bound))
+    assert kept.sum(1).tolist() == [min(k, 4)] * len(weights)
+
+
+@FAST
+@given(WEIGHTS, st.sampled_from(sorted(RULES)))
+def test_the_ends_of_each_rule_keep_all_and_skip_all(weights: torch.Tensor, name: str) -> None:
+    rule = RULES[name]
+    assert rule.keep(weights, torch.full((len(weights),), rule.keep_all)).all()
+    assert not rule.keep(weights, torch.full((len(weights),), rule.skip_all)).any()
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_no_token_is_a_case_like_any_other(name: str) -> None:
+    assert RULES[name].keep(torch.empty(0, 4), torch.empty(0)).shape == (0, 4)
