@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -83,7 +84,7 @@ def _be_quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\\..*")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     logging.getLogger("torch").setLevel(logging.ERROR)
 
 
@@ -102,7 +103,7 @@ def _print_demo(facts: dict[str, Any], out: Path) -> None:
     def ratios(setting: str) -> tuple[str, str]:
         return f"{best_prefill / prefill[setting]:.2f}x", f"{best_decode / decode[setting]:.2f}x"
 
-    table = Table(title=f"Test split, {dense['n']} questions; speed against the fastest stock setting")
+    table = Table(title=f"Test split, {dense['n']} questions; speed against the fastest stock setting", box=SIMPLE)
     for heading in ("rule", "skipped", "text", "vision", "KL, nats", "correct", "prefill", "decode"):
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     table.add_row("all kept", "0%", "0%", "0%", "0", f"{dense['accuracy']:.1%}", *ratios("modes-fx, all kept"))

@@ -36,7 +36,9 @@ def test_a_plan_by_layer_skips_what_the_oracle_drops() -> None:
     by_layer = plan_of(bounds)
     plan = SkipPlan(by_layer.points, by_layer.alpha, LAYERS)
     wanted = Oracle(model, bounds)(classes, input_ids=ids).logits
-    assert relative_error(run(model, {"plan": plan, "vision_token_ids": [tiny.IMAGE]}, input_ids=ids), wanted, classes == 0) < 1e-5
+    assert (
+        relative_error(run(model, {"plan": plan, "vision_token_ids": [tiny.IMAGE]}, input_ids=ids), wanted, classes == 0) < 1e-5
+    )
 
 
 def test_without_a_plan_everything_is_kept() -> None:

@@ -125,9 +125,7 @@ def visual_token_targets(canvases: Sequence[Canvas], side: int = 8) -> dict[str,
     place = (2 * torch.arange(side) + 1) * 3 // (2 * side)  # the cell under each token's middle
     cell = (place.unsqueeze(1) * 3 + place).flatten()
     digit = torch.tensor([[10 if d is None else d for d in canvas.digits] for canvas in canvases])
-    colour = torch.tensor(
-        [[len(colours) if c is None else colours.index(c) for c in canvas.colours] for canvas in canvases]
-    )
+    colour = torch.tensor([[len(colours) if c is None else colours.index(c) for c in canvas.colours] for canvas in canvases])
     return {
         "digit": digit[:, cell].flatten(),
         "colour": colour[:, cell].flatten(),

@@ -29,9 +29,7 @@ WARM_UP_STEPS, FLAT_SHARE = 20, 0.3
 CLIP_NORM = 1.0
 
 
-def train_vision(
-    model: Qwen3VLMoeForConditionalGeneration, processor: ProcessorMixin, steps: int, seed: int
-) -> list[float]:
+def train_vision(model: Qwen3VLMoeForConditionalGeneration, processor: ProcessorMixin, steps: int, seed: int) -> list[float]:
     """Teach the vision tower to name digit, colour and cell under each visual token, in the language model's own words.
 
     The words for digits and colours are rows of the output head, those for cells rows of the input embedding: so an
@@ -44,9 +42,7 @@ def train_vision(
     """
     words = {"digit": [*map(str, range(10)), EMPTY], "colour": [*COLOURS, EMPTY], "cell": list(CELLS)}
     ids = {name: torch.tensor(processor.tokenizer.convert_tokens_to_ids(row)) for name, row in words.items()}
-    tower = nn.ModuleDict(
-        {"visual": model.model.visual, "embed": model.get_input_embeddings(), "lm_head": model.lm_head}
-    )
+    tower = nn.ModuleDict({"visual": model.model.visual, "embed": model.get_input_embeddings(), "lm_head": model.lm_head})
     optimizers = build_optimizers(tower, MUON_LR, ADAMW_LR)
     losses = []
     for step in range(steps):

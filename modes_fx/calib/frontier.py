@@ -93,6 +93,7 @@ def frontier_search(
     targets: Sequence[float],
     *,
     g_guess: ThresholdFunction | None = None,
+    better_than: Sequence[float] | None = None,
     on_evaluation: Callable[[int, float, float], None] | None = None,
 ) -> FrontierResult:
     """Find, for each target skip ratio, the thresholds with the smallest loss among those that reach it.
@@ -108,6 +109,8 @@ def frontier_search(
         targets: Skip ratios in [0, 1], in any order; repeats cost nothing.
         g_guess: Cheap prediction of g, called many times. It decides only where to look first: a good one saves
             evaluations, a bad one costs some (within the bound), and neither changes the loss found.
+        better_than: For each target a loss in nats that is already at hand (inf where none is); what cannot be lower is not
+            looked at. A target's point is then None, or no better than this, where nothing lower exists.
         on_evaluation: Called as ``on_evaluation(done, tau_text, tau_vision)`` after each new grid point.
 
     Returns:
@@ -119,7 +122,12 @@ def frontier_search(
     _check_grid("taus_text", taus_text)
     _check_grid("taus_vision", taus_vision)
     _check_targets(targets)
-    search = Search(f, g, taus_text, taus_vision, targets, g_guess, on_evaluation)
+    if better_than is not None and len(better_than) != len(targets):
+        raise CalibrationError(f"better_than has {len(better_than)} losses for {len(targets)} targets: expected one each.")
+    at_hand: dict[float, float] = {}
+    for target, loss in zip(targets, better_than or [math.inf] * len(targets), strict=True):
+        at_hand[target] = max(loss, at_hand.get(target, -math.inf))  # of a repeated target, the loss easier to beat
+    search = Search(f, g, taus_text, taus_vision, at_hand, g_guess, on_evaluation)
     search.run()
     violations = (*_violations("g", search.ratios), *_violations("f", search.losses))
     if violations:

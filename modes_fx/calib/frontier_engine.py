@@ -14,7 +14,7 @@ column that a step settles beyond the first is one more to spare.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from modes_fx.calib.frontier_state import LocalModel, Region
 from modes_fx.errors import CalibrationError
@@ -41,19 +41,19 @@ class Search:
         g: ThresholdFunction,
         taus_text: Sequence[float],
         taus_vision: Sequence[float],
-        targets: Sequence[float],
+        losses_to_beat: Mapping[float, float],
         g_guess: ThresholdFunction | None,
         on_evaluation: Callable[[int, float, float], None] | None,
     ) -> None:
-        """Start with nothing evaluated; the arguments are ``frontier_search``'s, already checked."""
+        """Start with nothing evaluated; the arguments are ``frontier_search``'s, checked, with a loss to beat a target."""
         self._f, self._g = f, g
         self.taus_text, self.taus_vision = taus_text, taus_vision
         self._on_evaluation = on_evaluation
         self.columns, self.rows = len(taus_text), len(taus_vision)
         # Highest first: its frontier is the shortest, and what it settles spares the lower ones their first steps.
-        self._targets = sorted(set(targets), reverse=True)
+        self._targets = sorted(losses_to_beat, reverse=True)
         self._regions = {target: Region(self.columns, self.rows) for target in self._targets}
-        self._best = dict.fromkeys(self._targets, math.inf)
+        self._best = dict(losses_to_beat)
         self.ratios: dict[Cell, float] = {}
         self.losses: dict[Cell, float] = {}
         self._g_model = LocalModel(self._prior(g_guess) if g_guess else None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,12 +76,12 @@ def search(
             )
         routing = objective.routing_weights()
         trials: dict[tuple[float, float, float], Trial] = {}
-        results = {
-            gamma: _search_gamma(objective, routing, importance, gamma, targets, grid_size, trials, on_trial)
-            for gamma in gammas
-        }
-        chosen = {index: _best(results, index) for index in range(len(targets))}
-        found = [(gamma, point) for gamma, point in chosen.values() if point is not None]
+        results: dict[float, FrontierResult] = {}
+        for gamma in sorted(gammas, key=lambda gamma: abs(gamma - 0.5)):  # the likeliest first: its losses prune the others
+            at_hand = [point.loss if point is not None else math.inf for _, point in _best(results, len(targets))]
+            results[gamma] = _search_gamma(objective, routing, importance, gamma, targets, grid_size, at_hand, trials, on_trial)
+        chosen = _best(results, len(targets))
+        found = [(gamma, point) for gamma, point in chosen if point is not None]
         if not found:
             raise CalibrationError(f"No target of {list(targets)} can be reached on this data.")
         fresh = None if held_out is None else Objective(model, held_out)
@@ -90,7 +91,7 @@ def search(
         "exhaustive": sum(result.exhaustive for result in results.values()),
         "violations": sum(len(result.violations) for result in results.values()),
         "largest_violation": max((item.size for result in results.values() for item in result.violations), default=0.0),
-        "unreachable_targets": [target for index, target in enumerate(targets) if chosen[index][1] is None],
+        "unreachable_targets": [target for target, (_, point) in zip(targets, chosen, strict=True) if point is None],
         "gammas": list(gammas),
         "grid_size": grid_size,
         "seconds": round(time.monotonic() - started, 3),
@@ -140,6 +141,7 @@ def _search_gamma(
     gamma: float,
     targets: Sequence[float],
     grid_size: int,
+    at_hand: Sequence[float],
     trials: dict[tuple[float, float, float], Trial],
     on_trial: Callable[[Trial], None] | None,
 ) -> FrontierResult:
@@ -171,12 +173,17 @@ def _search_gamma(
         score_grid(scores[1], grid_size),
         targets,
         g_guess=guess,
+        better_than=at_hand,
     )
 
 
-def _best(results: dict[float, FrontierResult], index: int) -> tuple[float, FrontierPoint | None]:
-    candidates = [(gamma, point) for gamma, result in results.items() if (point := result.points[index]) is not None]
-    return min(candidates, key=lambda item: item[1].loss) if candidates else (0.0, None)
+def _best(results: Mapping[float, FrontierResult], num_targets: int) -> list[tuple[float, FrontierPoint | None]]:
+    """Return, for each target, the point of least loss over all gammas searched so far, and its gamma."""
+    best: list[tuple[float, FrontierPoint | None]] = []
+    for index in range(num_targets):
+        points = [(gamma, point) for gamma, result in results.items() if (point := result.points[index]) is not None]
+        best.append(min(points, key=lambda item: item[1].loss) if points else (0.0, None))
+    return best
 
 
 def _plan_point(

@@ -36,9 +36,7 @@ def load(
     """
     path = CHECKPOINT if folder is None else Path(folder)
     if not (path / "config.json").is_file():
-        raise ModelError(
-            f"There is no model in {path}: it has no config.json. Pass a folder written by save_pretrained."
-        )
+        raise ModelError(f"There is no model in {path}: it has no config.json. Pass a folder written by save_pretrained.")
     try:
         model = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
         processor = DemoProcessor.from_pretrained(path, local_files_only=True)

@@ -19,7 +19,7 @@ class DemoProcessor(Qwen3VLProcessor):
         # Where torchvision is installed, its image processor would have been loaded, whose pixels differ slightly.
         if image_processor is not None and not isinstance(image_processor, Qwen2VLImageProcessorPil):
             image_processor = Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
-        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class _DemoConfig(Qwen3VLMoeConfig):

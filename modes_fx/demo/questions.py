@@ -91,7 +91,7 @@ def _ask_count(canvas: Canvas, rng: np.random.Generator) -> Pair:
 
 def _ask_is_digit(canvas: Canvas, rng: np.random.Generator) -> Pair:
     cell = int(rng.choice(canvas.filled))
-    truth = canvas.digits[cell]
+    truth = int(_digit(canvas, cell))
     yes = rng.random() < 0.5
     asked = truth if yes else (truth + int(rng.integers(1, 10))) % 10
     return f"which digit is in {CELLS[cell]} , is it a {asked} ?", f"{truth} {'yes' if yes else 'no'}"
@@ -113,14 +113,12 @@ def _ask_same_colour(canvas: Canvas, rng: np.random.Generator) -> Pair | None:
 
 
 def _ask_larger(canvas: Canvas, rng: np.random.Generator) -> Pair | None:
-    pairs = [
-        (one, other) for one in canvas.filled for other in canvas.filled if canvas.digits[one] != canvas.digits[other]
-    ]
+    pairs = [(one, other) for one in canvas.filled for other in canvas.filled if canvas.digits[one] != canvas.digits[other]]
     if not pairs:
         return None
     one, other = pairs[rng.integers(len(pairs))]
     question = f"which digits are in {CELLS[one]} and {CELLS[other]} , which is larger ?"
-    digits = canvas.digits[one], canvas.digits[other]
+    digits = _digit(canvas, one), _digit(canvas, other)
     return question, f"{digits[0]} {digits[1]} {max(digits)}"
 
 

@@ -45,11 +45,11 @@ class Size:
         rounds: Timed rounds.
     """
 
-    calibration_images: int = 16
-    held_out_images: int = 16
+    calibration_images: int = 12
+    held_out_images: int = 12
     test_images: int = 64
-    grid_size: int = 16
-    rounds: int = 7
+    grid_size: int = 14
+    rounds: int = 9
 
 
 def run_demo(

@@ -16,7 +16,7 @@ from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
 from modes_fx.regions import find_moe_layers
 
-_NEW_TOKENS = 16
+_NEW_TOKENS = 24
 
 
 def time_settings(
@@ -24,7 +24,7 @@ def time_settings(
     inputs: Mapping[str, Tensor],
     plan: SkipPlan,
     *,
-    rounds: int = 7,
+    rounds: int = 9,
     on_step: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Time every setting once a round, so that a busy moment of the machine hits all of them alike.

@@ -70,9 +70,7 @@ def accumulated(steps: list[list[int]]) -> list[list[int]]:
 def monotone(draw: st.DrawFn, columns: int, rows: int) -> Table:
     """Plateaus, jumps and ties: sums of mostly zero steps, maxima of two staircases, or nothing but one value."""
     step = st.sampled_from(draw(st.sampled_from([[0, 0, 0, 1], [0, 1], [0, 0, 1, 9], [1, 2, 3], [0]])))
-    table = accumulated(
-        draw(st.lists(st.lists(step, min_size=rows, max_size=rows), min_size=columns, max_size=columns))
-    )
+    table = accumulated(draw(st.lists(st.lists(step, min_size=rows, max_size=rows), min_size=columns, max_size=columns)))
     if draw(st.booleans()):
         by_column = sorted(draw(st.lists(st.integers(0, 9), min_size=columns, max_size=columns)))
         by_row = sorted(draw(st.lists(st.integers(0, 9), min_size=rows, max_size=rows)))
@@ -131,6 +129,29 @@ def test_any_guess_leaves_answer_and_bounds(problem: tuple[Table, Table, list[fl
     assert_exact_within_bounds(f, g, targets, search(f, g, targets, g_guess=guess))
 
 
+@FAST
+@given(problems(), st.data())
+def test_losses_at_hand_prune_but_hide_nothing_lower(problem: tuple[Table, Table, list[float]], data: st.DataObject) -> None:
+    f, g, targets = problem
+    at_hand = [data.draw(st.sampled_from([math.inf, 0.0, *(value for row in f for value in row)])) for _ in targets]
+    result = search(f, g, targets, better_than=at_hand)
+    distinct, (columns, rows) = len(set(targets)), (len(f), len(f[0]))
+    assert result.evaluations <= distinct * (columns + rows)
+    for target, loss, point in zip(targets, at_hand, result.points, strict=True):
+        best = exhaustive(f, g, target)
+        if best is not None and best < loss:
+            assert point is not None
+            assert point.loss == best
+        elif point is not None:
+            assert best is not None
+            assert point.loss >= best
+
+
+def test_as_many_losses_at_hand_as_targets_or_an_error() -> None:
+    with pytest.raises(CalibrationError, match="better_than has 1 losses for 2 targets"):
+        search([[1.0]], [[1.0]], [0.5, 0.6], better_than=[0.1])
+
+
 @pytest.mark.parametrize("columns", [30, 17])
 @pytest.mark.parametrize("slope", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("guided", [False, True])
@@ -156,9 +177,7 @@ def test_the_walk_agrees_and_its_frontier_descends(problem: tuple[Table, Table, 
 
 @FAST
 @given(problems(), st.randoms(use_true_random=False))
-def test_order_and_repeats_of_targets_do_not_matter(
-    problem: tuple[Table, Table, list[float]], shuffler: object
-) -> None:
+def test_order_and_repeats_of_targets_do_not_matter(problem: tuple[Table, Table, list[float]], shuffler: object) -> None:
     f, g, targets = problem
     shuffled = [*targets, *targets]
     shuffler.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -182,9 +201,7 @@ def test_an_empty_frontier_and_a_whole_grid_cost_little() -> None:
 
 @settings(FAST, max_examples=60)
 @given(problems(), st.data())
-def test_violations_are_reported_and_targets_still_met(
-    problem: tuple[Table, Table, list[float]], data: st.DataObject
-) -> None:
+def test_violations_are_reported_and_targets_still_met(problem: tuple[Table, Table, list[float]], data: st.DataObject) -> None:
     f, g, targets = problem
     for table, name in ((f, "f"), (g, "g")):
         for _ in range(data.draw(st.integers(0, 6), label=name)):
@@ -206,9 +223,7 @@ def test_violations_are_reported_and_targets_still_met(
         assert lower_q <= upper_q
         assert lower_p <= upper_p
         assert violation.size == table[lower_q][lower_p] - table[upper_q][upper_p] > 0
-    noticed = any(
-        g[q][p] > g[x][y] + 1e-6 for (q, p), (x, y) in itertools.product(evaluated, repeat=2) if q <= x and p <= y
-    )
+    noticed = any(g[q][p] > g[x][y] + 1e-6 for (q, p), (x, y) in itertools.product(evaluated, repeat=2) if q <= x and p <= y)
     assert noticed == any(violation.function == "g" for violation in result.violations)
     for target, point in zip(targets, result.points, strict=True):
         feasible = [f[q][p] for q, p in evaluated if g[q][p] >= target]
