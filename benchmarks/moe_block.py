@@ -12,6 +12,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,25 +79,26 @@ def measure(tokens: list[int], skips: list[float], rounds: int) -> list[dict[str
     modes_fx.optimize(ours)
     taus = thresholds(stock, skips)
 
-    def skipping(skip: float) -> Callable[[Tensor], Tensor]:
+    def skipping(skip: float) -> Block:
         tau = taus.get(skip, 0.0)
+        modes_fx.set_plan(ours, modes_fx.SkipPlan.uniform(text=tau, vision=tau) if tau else None)
+        return ours
 
-        def run(hidden: Tensor) -> Tensor:
-            modes_fx.set_plan(ours, modes_fx.SkipPlan.uniform(text=tau, vision=tau))
-            return ours(hidden)
-
-        return run
-
-    settings = {"stock": stock, "stock, expert loop": looped, "stock compiled": compiled}
-    settings |= {f"modes-fx, {skip:.0%} skipped": skipping(skip) for skip in skips}
+    settings: dict[str, Callable[[], Block]] = {
+        "stock": lambda: stock,
+        "stock, expert loop": lambda: looped,
+        "stock compiled": lambda: compiled,
+        **{f"modes-fx, {skip:.0%} skipped": partial(skipping, skip) for skip in skips},
+    }
     rows = []
     for count in tokens:
         times: dict[str, list[float]] = {name: [] for name in settings}
         for index in range(rounds + 2):
             hidden = torch.randn(1, count, SHAPE["hidden_size"], dtype=torch.bfloat16)
-            for name, run in settings.items():
+            for name, prepare in settings.items():
+                block = prepare()
                 started = time.perf_counter()
-                run(hidden)
+                block(hidden)
                 if index >= 2:
                     times[name].append((time.perf_counter() - started) * 1e3)
         medians = {name: statistics.median(values) for name, values in times.items()}

@@ -103,7 +103,9 @@ def _print_demo(facts: dict[str, Any], out: Path) -> None:
     def ratios(setting: str) -> tuple[str, str]:
         return f"{best_prefill / prefill[setting]:.2f}x", f"{best_decode / decode[setting]:.2f}x"
 
-    table = Table(title=f"Test split, {dense['n']} questions; speed against the fastest stock setting", box=SIMPLE)
+    table = Table(
+        title=f"Test split, {dense['n']} questions; speed against the fastest stock setting", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
     for heading in ("rule", "skipped", "text", "vision", "KL, nats", "correct", "prefill", "decode"):
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     table.add_row("all kept", "0%", "0%", "0%", "0", f"{dense['accuracy']:.1%}", *ratios("modes-fx, all kept"))
@@ -113,13 +115,13 @@ def _print_demo(facts: dict[str, Any], out: Path) -> None:
             f"{row['realised']['test']:.1%}",
             f"{row['realised']['text']:.1%}",
             f"{row['realised']['vision']:.1%}",
-            f"{row['kl']['test']:.4f}",
+            f"{row['kl']['test']:.1e}",
             f"{row['accuracy']:.1%}",
             *ratios(f"modes-fx at {row['target']:g}"),
         )
     table.add_section()
     for row in facts["reduce_k"]:
-        table.add_row(f"Reduce-k {row['k']}", f"{row['ratio']:.1%}", "", "", f"{row['kl']:.4f}", f"{row['accuracy']:.1%}")
+        table.add_row(f"Reduce-k {row['k']}", f"{row['ratio']:.1%}", "", "", f"{row['kl']:.1e}", f"{row['accuracy']:.1%}")
     console.print(table)
     stock = "; ".join(f"{name} {prefill[name]:.0f}, {decode[name]:.1f}" for name in prefill if name.startswith("stock"))
     setup = speed["setup"]

@@ -98,12 +98,13 @@ def test_compact_gathers_kept_pairs_and_adds_them_back_in_float32(
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
     assert names.count("nonzero") == 1
     assert not {torch.empty_like, operator.setitem, torch.arange, "view"} & set(names), "stock un-permute left over"
-    added = only(module, "index_add")
-    total, dim, rows, values = added.args
+    total, dim, rows, values = only(module, "scatter_add").args
     assert (total.target, total.kwargs["dtype"], dim) == (torch.zeros_like, torch.float32, 0)
     assert example(values).dtype is torch.float32
-    assert (rows.target, rows.args[1]) == (operator.floordiv, TOP_K)
-    assert names.index("index_add") > max(i for i, name in enumerate(names) if name in harness.GEMMS)
+    token = rows.args[0].args[0]
+    assert (rows.target, rows.args[0].target) == ("expand_as", "unsqueeze")
+    assert (token.target, token.args[1]) == (operator.floordiv, TOP_K)
+    assert names.index("scatter_add") > max(i for i, name in enumerate(names) if name in harness.GEMMS)
     (first,) = (node for node in module.graph.nodes if node.target is torch.sort)
     assert first.args[0].args[1].target == "squeeze"  # expert_ids[kept]
 
@@ -112,7 +113,7 @@ def test_static_keeps_fixed_shapes_and_selects_the_kept_rows(form: tuple[str, to
     if form[0] != "static":
         pytest.skip("static form")
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
-    assert not {"nonzero", "item", "tolist", torch.nonzero, "index_add", "masked_select"} & set(names)
+    assert not {"nonzero", "item", "tolist", torch.nonzero, "scatter_add", "masked_select"} & set(names)
     marked, selected = (node for node in module.graph.nodes if node.target is torch.where)
     assert marked.args[2] == EXPERTS
     assert only(module, torch.sort).args[0] is marked
