@@ -44,14 +44,6 @@ class Block(nn.Module):
         """Run the block on [1, T, H]."""
         return self.mlp(inputs_embeds)
 
-    def get_experts_implementation(self) -> str:
-        """Return the dispatch in use, as a pretrained model would."""
-        return self.config._experts_implementation
-
-    def set_experts_implementation(self, name: str) -> None:
-        """Choose the dispatch, as a pretrained model would."""
-        self.config._experts_implementation = name
-
 
 def build(implementation: str, weights: dict[str, Tensor] | None = None) -> Block:
     """Return a block; ``weights`` are shared, not copied."""

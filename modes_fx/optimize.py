@@ -40,17 +40,17 @@ class _Optimized:
         self.model_name = type(model).__name__
         self.watches: list[ModalityWatch] = []
         self.regions = CompiledRegions()
-        self.experts_before: Any = None
+        self.experts_before: list[tuple[Any, Any]] = []
 
     def __reduce__(self) -> Any:
         return type(None), ()  # a copied or pickled model is not optimised: compiled regions do not travel
 
-    def undo(self, model: Any) -> None:
+    def undo(self) -> None:
         self.regions.suspend()
         for watch in self.watches:
             watch.remove()
-        if self.experts_before is not None:
-            model.set_experts_implementation(self.experts_before)
+        for config, implementation in self.experts_before:
+            config._experts_implementation = implementation
 
 
 _ATTRIBUTE = "_modes_fx"
@@ -103,7 +103,7 @@ def optimize(
         restore(model)
     state = _Optimized(model, layers, region, plan.rule if plan else "threshold")
     try:
-        state.experts_before = _use_grouped_mm(model)
+        state.experts_before = _use_grouped_mm(layers)
         state.layers, state.rejections = probe(layers, state.runtime, dispatch)
         if not state.runtime.sites:
             raise _no_site(state)
@@ -111,7 +111,7 @@ def optimize(
         _compile(state, dispatch)
         state.runtime.set_bounds(bounds)
     except BaseException:
-        state.undo(model)
+        state.undo()
         raise
     setattr(model, _ATTRIBUTE, state)
     logger.info("%s: %d of %d routing sites rewritten", state.model_name, len(report(model).rewritten), len(layers))
@@ -125,7 +125,7 @@ def restore(model: nn.Module) -> nn.Module:
         NotOptimizedError: The model is not optimised.
     """
     state = optimized_state(model)
-    state.undo(model)
+    state.undo()
     delattr(model, _ATTRIBUTE)
     return model
 
@@ -238,10 +238,12 @@ def _resolve(
     return plan, plan.bounds(num_layers, target)
 
 
-def _use_grouped_mm(model: Any) -> Any:
-    """Make the experts dispatch in the form that can be traced; return what they used before."""
-    before = model.get_experts_implementation()
-    model.set_experts_implementation(_EXPERTS_IMPLEMENTATION)
+def _use_grouped_mm(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
+    """Make the experts dispatch in the form that can be traced; return their configs and what each named before."""
+    configs: dict[int, Any] = {id(layer.experts.config): layer.experts.config for layer in layers}
+    before = [(config, config._experts_implementation) for config in configs.values()]
+    for config in configs.values():
+        config._experts_implementation = _EXPERTS_IMPLEMENTATION
     return before
 
 

@@ -57,7 +57,8 @@ def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
     modules = dict(model.named_modules())
     found = []
     for name, module in modules.items():
-        if not hasattr(module, "_is_expert_parallel") or not any(True for _ in module.parameters(recurse=False)):
+        # What the decorator of transformers' experts interface leaves on every module that it serves.
+        if not all(hasattr(module, mark) for mark in ("has_gate", "is_transposed", "_apply_gate")):
             continue
         parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
         listed = next((i for i, parent in enumerate(parents) if _in_list(parent, modules)), None)
