@@ -155,7 +155,7 @@ def _evaluate(
                 },
                 "kl": {**point.kl, "test": measured.kl},
                 "accuracy": measured.accuracy,
-                "retained": measured.accuracy / objective.accuracy,
+                "retained": measured.accuracy / objective.accuracy if objective.accuracy else None,
                 "by_layer": by_layer,
             }
         )
