@@ -46,9 +46,9 @@ class _Optimized:
         return type(None), ()  # a copied or pickled model is not optimised: compiled regions do not travel
 
     def undo(self) -> None:
-        self.regions.suspend()
         for watch in self.watches:
             watch.remove()
+        self.regions.suspend()
         for config, implementation in self.experts_before:
             config._experts_implementation = implementation
 
@@ -107,8 +107,8 @@ def optimize(
         state.layers, state.rejections = probe(layers, state.runtime, dispatch)
         if not state.runtime.sites:
             raise _no_site(state)
-        state.watches = _watch(model, state)
         _compile(state, dispatch)
+        state.watches = _watch(model, state)  # last, so that it stands in front of a region that is the model itself
         state.runtime.set_bounds(bounds)
     except BaseException:
         state.undo()
@@ -119,7 +119,7 @@ def optimize(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``optimize``: hooks, compiled regions and the experts implementation.
+    """Undo ``optimize``: compiled regions, the watch on the modality and the experts implementation.
 
     Raises:
         NotOptimizedError: The model is not optimised.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ class ModelRuntime:
             self._bounds = torch.full((len(layers), self.num_classes), rule.keep_all)
             self._bounds[:, PADDING] = rule.skip_all
         self._on_device: dict[tuple[int, torch.device], Tensor] = {}
-        self._layer_of: dict[int, tuple[Tensor, int]] = {}  # the tensor is kept, so that its id cannot be reused
+        self._layer_of: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id; weak, since offloading makes new tensors
 
     @property
     def recording(self) -> bool:
@@ -68,7 +69,7 @@ class ModelRuntime:
         """Return the layer's index, the classes of its tokens and its bounds; see ``backend.Runtime.bind``."""
         weights = [inputs[position] for position in binding.weight_inputs]
         known = self._layer_of.get(id(weights[0]))
-        layer = known[1] if known is not None else self._find(weights, binding)
+        layer = known[1] if known is not None and known[0]() is weights[0] else self._find(weights, binding)
         self.sites[layer] = binding.record
         device = weights[0].device
         row = self._on_device.get((layer, device))
@@ -87,7 +88,7 @@ class ModelRuntime:
         """Look a layer up by its parameters as they are now (offloading replaces them)."""
         for index, layer in enumerate(self.layers):
             if any(own is weight for own in layer.experts.parameters() for weight in weights):
-                self._layer_of[id(weights[0])] = (weights[0], index)
+                self._layer_of[id(weights[0])] = (weakref.ref(weights[0]), index)
                 return index
         raise NotOptimizedError(
             f"The experts' weights {binding.sources[0]} belong to no MoE layer of the optimised model; they were replaced "

@@ -261,3 +261,18 @@ def test_weights_loaded_in_place_are_used(vlm: nn.Module, inputs: dict[str, Tens
             parameter.mul_(0.9)
     vlm.load_state_dict(other.state_dict())
     assert relative_error(logits(vlm, inputs), logits(other, inputs), tiny.classes(inputs) != 2) <= 1e-5
+
+
+def test_a_region_that_is_the_model_itself_is_told_its_modality() -> None:
+    headless = tiny.make("qwen3_moe").model
+    inputs = tiny.text_batch()
+    before = model_state(headless)
+    with torch.no_grad():
+        stock = headless(**inputs).last_hidden_state
+        modes_fx.optimize(headless, SkipPlan.uniform(text=0.0, vision=1.0), region="model")
+        with modes_fx.stats(headless) as stats:
+            kept = headless(**inputs).last_hidden_state
+        modes_fx.restore(headless)
+    assert torch.allclose(kept, stock, rtol=1e-5, atol=1e-5)
+    assert stats.skip_ratio(modality="text") == 0
+    assert model_state(headless) == before
