@@ -20,14 +20,21 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 console = Console()
 
 
-@app.callback()
-def modes_fx(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
-    """Skip the experts of a Mixture-of-Experts vision-language model that do not matter for a token."""
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from modes_fx import __version__
 
         console.print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def modes_fx(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Skip the experts of a Mixture-of-Experts vision-language model that do not matter for a token."""
 
 
 @app.command()
