@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import modes_fx
-from modes_fx.errors import NotOptimizedError, PlanError
+from modes_fx.errors import NoRoutingSiteError, NotOptimizedError, PlanError
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model
 from tests import oracle, tiny
 from tests.harness import logits, model_state, plan_of, relative_error
@@ -276,3 +276,10 @@ def test_a_region_that_is_the_model_itself_is_told_its_modality() -> None:
     assert torch.allclose(kept, stock, rtol=1e-5, atol=1e-5)
     assert stats.skip_ratio(modality="text") == 0
     assert model_state(headless) == before
+
+
+def test_a_dispatch_that_is_switched_afterwards_is_an_error_and_no_stock_run(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+    modes_fx.optimize(vlm, SkipPlan.uniform(text=0.2, vision=0.3))
+    vlm.set_experts_implementation("batched_mm")  # as generate does for decoding off the CPU
+    with pytest.raises(NoRoutingSiteError, match="no dispatch"):
+        logits(vlm, inputs)

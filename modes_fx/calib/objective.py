@@ -126,7 +126,11 @@ class Objective:
 
 @contextlib.contextmanager
 def optimized(model: nn.Module) -> Iterator[nn.Module]:
-    """Optimise a model for the length of a block, if it is not; bounds in force before come back after it."""
+    """Optimise a model for the length of a block, if it is not; bounds in force before come back after it.
+
+    Raises:
+        CalibrationError: The model is optimised with another rule than thresholds, which mean nothing to it.
+    """
     try:
         state = optimized_state(model)
     except NotOptimizedError:
@@ -136,6 +140,11 @@ def optimized(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             restore(model)
     else:
+        if state.rule != "threshold":
+            raise CalibrationError(
+                f"Calibration sets thresholds, but the model is optimised with the keep-rule {state.rule!r}. "
+                "Call modes_fx.restore(model) first."
+            )
         with _bounds_in_force(state.runtime, None):
             yield model
 
@@ -155,6 +164,12 @@ def _checked(batch: Batch, index: int) -> Batch:
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         raise CalibrationError(
             f"Batch {index} needs `labels`, int64 [batch, sequence] with the answer's token ids and {IGNORED} elsewhere."
+        )
+    input_ids = batch.get("input_ids")
+    if isinstance(input_ids, Tensor) and input_ids.shape != labels.shape:
+        raise CalibrationError(
+            f"Batch {index} has labels of shape {list(labels.shape)} for input_ids of shape {list(input_ids.shape)}: "
+            "expected one label a token."
         )
     if not bool((labels[:, 1:] != IGNORED).any()):
         raise CalibrationError(f"Batch {index} has no answer token in its labels: all are {IGNORED}.")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import modes_fx
-from modes_fx.calib import Objective
+from modes_fx.calib import Objective, layer_importance
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import SkipPlan
@@ -106,3 +106,16 @@ def test_unusable_data_is_refused_by_its_number(model: nn.Module, batches: list[
 def test_a_stock_model_is_refused(batches: list[Batch]) -> None:
     with pytest.raises(NotOptimizedError):
         Objective(tiny.make(), batches)
+
+
+def test_labels_of_another_shape_than_the_tokens_are_an_error_that_names_both(model: nn.Module, batches: list[Batch]) -> None:
+    wrong = {**batches[0], "labels": batches[0]["labels"][:, 1:]}
+    with pytest.raises(CalibrationError, match=r"labels of shape .* for input_ids of shape"):
+        Objective(model, [wrong])
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_model_with_another_rule_is_not_calibrated_with_thresholds(batches: list[Batch]) -> None:
+    reduced = modes_fx.optimize(tiny.make(), modes_fx.SkipPlan.reduce_k(1))
+    with pytest.raises(CalibrationError, match="reduce_k"):
+        layer_importance(reduced, batches)
