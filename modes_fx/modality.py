@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 
 from modes_fx.errors import ModalityError
 
@@ -122,6 +123,7 @@ class ModalityWatch:
         """Give the module back the call that it had."""
         self._module._compiled_call_impl = self._before
 
+    @skip  # a torch.compile around the model begins below this call
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         call = self._before or self._module._call_impl
         # An outer module of the same model may have said it already.
@@ -134,6 +136,7 @@ class ModalityWatch:
         finally:
             _running.reset(outside)
 
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         ids = self._ids(inputs)

@@ -13,19 +13,18 @@ from torch import Tensor, nn
 
 from modes_fx.backend import SkipBackend, no_compiler
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
+from modes_fx.experts import IMPLEMENTATION
 from modes_fx.modality import ModalityWatch, token_ids_for
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
 from modes_fx.policy import RULES
 from modes_fx.probe import probe
-from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers
+from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.report import Report, SiteReport, SkipStats
 from modes_fx.runtime import ModelRuntime
 
 logger = logging.getLogger(__name__)
-
-_EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 
 class _Optimized:
@@ -103,7 +102,8 @@ def optimize(
         restore(model)
     state = _Optimized(model, layers, region, plan.rule if plan else "threshold")
     try:
-        state.experts_before = _use_grouped_mm(layers)
+        state.experts_before = _name_implementation(layers)
+        _check_hooks(layers, region)
         state.layers, state.rejections = probe(layers, state.runtime, dispatch)
         if not state.runtime.sites:
             raise _no_site(state)
@@ -238,13 +238,23 @@ def _resolve(
     return plan, plan.bounds(num_layers, target)
 
 
-def _use_grouped_mm(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
-    """Make the experts dispatch in the form that can be traced; return their configs and what each named before."""
+def _name_implementation(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
+    """Make the experts run what ``modes_fx.experts`` says; return their configs and what each named before."""
     configs: dict[int, Any] = {id(layer.experts.config): layer.experts.config for layer in layers}
     before = [(config, config._experts_implementation) for config in configs.values()]
     for config in configs.values():
-        config._experts_implementation = _EXPERTS_IMPLEMENTATION
+        config._experts_implementation = IMPLEMENTATION
     return before
+
+
+def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
+    """Refuse to compile over what accelerate wraps around modules to move their weights; a block is then left as it is."""
+    for module in {id(layer.region(region)): layer.region(region) for layer in layers if region != "moe"}.values():
+        if has_accelerate_hooks(module):
+            raise ModelError(
+                f"accelerate's hooks move weights inside {type(module).__name__}, which cannot be traced as one graph. "
+                'Use region="moe".'
+            )
 
 
 def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
@@ -263,9 +273,11 @@ def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
 def _compile(state: _Optimized, dispatch: Dispatch) -> None:
     backend = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
     regions: dict[type, list[nn.Module]] = {}
-    for index, layer in enumerate(state.layers):
+    rewritten = [layer for index, layer in enumerate(state.layers) if index in state.runtime.sites]
+    for layer in rewritten:
         module = layer.region(state.region)
-        if index in state.runtime.sites and not any(module is known for known in regions.get(type(module), ())):
+        if module is not layer.experts and not any(module is known for known in regions.get(type(module), ())):
             regions.setdefault(type(module), []).append(module)
     for modules in regions.values():
         state.regions.add(modules, backend, share=state.region == "moe")
+    state.regions.add_alone([layer.experts for layer in rewritten], backend)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from modes_fx.backend import Compiled, SkipBackend
+from modes_fx.experts import stock_dispatch
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
-from modes_fx.regions import MoeLayer, compiled_caller
+from modes_fx.regions import MoeLayer, compiled_caller, has_accelerate_hooks
 from modes_fx.runtime import ModelRuntime
 
 
@@ -33,11 +34,13 @@ def probe(
     refusals: dict[type, SiteRecord] = {}
     probed, rejected = [], {}
     for index, layer in enumerate(layers):
-        for module in dict.fromkeys((layer.block, layer.experts)):
+        candidates = (layer.experts,) if has_accelerate_hooks(layer.block) else (layer.block, layer.experts)
+        for module in dict.fromkeys(candidates):
             kind = type(module)
             if kind not in callers:
                 backend = SkipBackend(runtime, runtime.rule.keep, dispatch, _run_uncompiled)
-                callers[kind] = compiled_caller(backend)
+                alone = module is layer.experts
+                callers[kind] = compiled_caller(backend, stock_dispatch) if alone else compiled_caller(backend)
             try:
                 with torch.no_grad():
                     callers[kind](module, *_two_tokens(layer, module))

@@ -17,10 +17,14 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
 from modes_fx.errors import ModelError, ModesFxError
+from modes_fx.experts import call_as_region, run_alone, stock_dispatch
 
 Region = Literal["moe", "layer", "model"]
 
 _serial = itertools.count()
+_SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
+_HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
+_REASON = "modes_fx compiles this region itself"
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class CompiledRegions:
 
     def __init__(self) -> None:
         self._calls: list[tuple[nn.Module, Any, Any]] = []
+        self._alone: list[tuple[nn.Module, Any]] = []
 
     def add(self, modules: list[nn.Module], backend: Callable[..., Any], *, share: bool) -> None:
         """Compile modules in place; ``share`` one cache of graphs among them (they differ by their parameters alone)."""
@@ -93,28 +98,44 @@ class CompiledRegions:
                 caller = compiled_caller(backend)
         self.resume()
 
+    def add_alone(self, experts: list[nn.Module], backend: Callable[..., Any]) -> None:
+        """Compile experts modules for calls that pass the regions around them by; see ``modes_fx.experts``."""
+        call = compiled_caller(backend, stock_dispatch)
+        self._alone += [(module, call) for module in experts]
+        self.resume()
+
     def suspend(self) -> None:
         """Give each module back the call that it had, until ``resume``."""
         for module, before, _ in self._calls:
             module._compiled_call_impl = before
+        for experts, _ in self._alone:
+            run_alone(experts, None)
 
     def resume(self) -> None:
         """Compile the modules again, with the graphs that they had."""
         for module, _, call in self._calls:
             module._compiled_call_impl = call
+        for experts, call in self._alone:
+            run_alone(experts, call)
 
 
-def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``call(module, *args, **kwargs)``, compiled, with a cache of graphs of its own."""
+def _call_region(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return call_as_region(module, args, kwargs)
+
+
+def compiled_caller(backend: Callable[..., Any], function: Callable[..., Any] = _call_region) -> Callable[..., Any]:
+    """Return ``function(module, *args, **kwargs)``, compiled, with a cache of graphs of its own."""
 
     def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
+        return function(module, *args, **kwargs)
 
     # Which dimensions vary dynamo remembers by file, line and name: another name keeps one model's sizes from another's.
     name = f"call_module_{next(_serial)}"
-    own = types.FunctionType(call_module.__code__.replace(co_name=name), call_module.__globals__, name)
+    code = call_module.__code__.replace(co_name=name)
+    own = types.FunctionType(code, call_module.__globals__, name, None, call_module.__closure__)
     compiled = torch.compile(own, backend=backend, fullgraph=True)
 
+    @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             return compiled(module, *args, **kwargs)
@@ -125,10 +146,15 @@ def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
         except Unsupported as error:
             raise ModelError(
                 f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
-                'Use region="moe", which leaves attention and caches alone.'
+                + (_HOOKS_CAME_LATER if has_accelerate_hooks(module) else _SMALLER_REGION)
             ) from error
 
-    return call
+    return call  # type: ignore[no-any-return]
+
+
+def has_accelerate_hooks(module: nn.Module) -> bool:
+    """Return whether accelerate moves weights inside a module when it is called (offloading, several devices)."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def _first_line(error: Exception) -> str:

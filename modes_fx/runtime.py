@@ -88,6 +88,8 @@ class ModelRuntime:
         """Look a layer up by its parameters as they are now (offloading replaces them)."""
         for index, layer in enumerate(self.layers):
             if any(own is weight for own in layer.experts.parameters() for weight in weights):
+                if len(self._layer_of) > 8 * len(self.layers):
+                    self._layer_of = {key: known for key, known in self._layer_of.items() if known[0]() is not None}
                 self._layer_of[id(weights[0])] = (weakref.ref(weights[0]), index)
                 return index
         raise NotOptimizedError(
