@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
+import torch._inductor
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from modes_fx.errors import CompilerError, NoRoutingSiteError
+from modes_fx.errors import CompilerError, ModesFxError, NoRoutingSiteError
 from modes_fx.passes.skip_experts import Binding, Dispatch, Rewritten, skip_experts
 from modes_fx.policy import KeepRule
 
@@ -62,6 +64,18 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> C
     except InvalidCxxCompiler as error:
         raise no_compiler(error) from error
     return compiled
+
+
+def inductor_settings(mode: str | None) -> dict[str, Any]:
+    """Return what an Inductor mode, such as ``"max-autotune-no-cudagraphs"``, stands for.
+
+    Raises:
+        ModesFxError: There is no such mode.
+    """
+    known = torch._inductor.list_mode_options()
+    if mode is not None and mode not in known:
+        raise ModesFxError(f"Unknown mode {mode!r}; Inductor's: {', '.join(known)}.")
+    return dict(known[mode]) if mode is not None else {}
 
 
 def no_compiler(error: Exception) -> CompilerError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from modes_fx.backend import SkipBackend, no_compiler
+from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
 from modes_fx.experts import IMPLEMENTATION
 from modes_fx.modality import ModalityWatch, token_ids_for
@@ -62,6 +63,9 @@ def optimize(
     target: float | None = None,
     region: Region = "moe",
     dispatch: Dispatch = "auto",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Make a model skip the experts that a plan says do not matter; in place.
 
@@ -76,6 +80,9 @@ def optimize(
             decoder layers.
         dispatch: ``"compact"`` gathers the kept pairs (data-dependent length), ``"static"`` keeps shapes fixed; ``"auto"`` is
             compact on a CPU and static elsewhere.
+        mode: Inductor's, as for ``torch.compile``, such as ``"reduce-overhead"``.
+        dynamic: As for ``torch.compile``: whether sizes may vary from the first graph on. None: from their first change on.
+        options: Inductor's settings, as for ``torch.compile``; they go before the mode's.
 
     Returns:
         The same model.
@@ -84,12 +91,14 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModesFxError: An unknown region or dispatch. The model is left as it was in every case.
+        ModelError: accelerate's hooks are inside a region other than ``"moe"``.
+        ModesFxError: An unknown region, dispatch or mode. The model is left as it was in every case.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}.")
     _check_choice("region", region, ("moe", "layer", "model"))
     _check_choice("dispatch", dispatch, ("auto", "compact", "static"))
+    settings = {**inductor_settings(mode), **(options or {})}
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(
@@ -107,7 +116,7 @@ def optimize(
         state.layers, state.rejections = probe(layers, state.runtime, dispatch)
         if not state.runtime.sites:
             raise _no_site(state)
-        _compile(state, dispatch)
+        _compile(state, dispatch, dynamic, settings)
         state.watches = _watch(model, state)  # last, so that it stands in front of a region that is the model itself
         state.runtime.set_bounds(bounds)
     except BaseException:
@@ -270,8 +279,9 @@ def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
     ]
 
 
-def _compile(state: _Optimized, dispatch: Dispatch) -> None:
-    backend = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
+def _compile(state: _Optimized, dispatch: Dispatch, dynamic: bool | None, settings: Mapping[str, Any]) -> None:
+    skip = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
+    backend = partial(skip, **settings)
     regions: dict[type, list[nn.Module]] = {}
     rewritten = [layer for index, layer in enumerate(state.layers) if index in state.runtime.sites]
     for layer in rewritten:
@@ -279,5 +289,5 @@ def _compile(state: _Optimized, dispatch: Dispatch) -> None:
         if module is not layer.experts and not any(module is known for known in regions.get(type(module), ())):
             regions.setdefault(type(module), []).append(module)
     for modules in regions.values():
-        state.regions.add(modules, backend, share=state.region == "moe")
-    state.regions.add_alone([layer.experts for layer in rewritten], backend)
+        state.regions.add(modules, backend, dynamic, share=state.region == "moe")
+    state.regions.add_alone([layer.experts for layer in rewritten], backend, dynamic)

@@ -89,18 +89,18 @@ class CompiledRegions:
         self._calls: list[tuple[nn.Module, Any, Any]] = []
         self._alone: list[tuple[nn.Module, Any]] = []
 
-    def add(self, modules: list[nn.Module], backend: Callable[..., Any], *, share: bool) -> None:
+    def add(self, modules: list[nn.Module], backend: Callable[..., Any], dynamic: bool | None, *, share: bool) -> None:
         """Compile modules in place; ``share`` one cache of graphs among them (they differ by their parameters alone)."""
-        caller = compiled_caller(backend)
+        caller = compiled_caller(backend, dynamic=dynamic)
         for module in modules:
             self._calls.append((module, module._compiled_call_impl, types.MethodType(caller, module)))
             if not share:
-                caller = compiled_caller(backend)
+                caller = compiled_caller(backend, dynamic=dynamic)
         self.resume()
 
-    def add_alone(self, experts: list[nn.Module], backend: Callable[..., Any]) -> None:
+    def add_alone(self, experts: list[nn.Module], backend: Callable[..., Any], dynamic: bool | None) -> None:
         """Compile experts modules for calls that pass the regions around them by; see ``modes_fx.experts``."""
-        call = compiled_caller(backend, stock_dispatch)
+        call = compiled_caller(backend, stock_dispatch, dynamic=dynamic)
         self._alone += [(module, call) for module in experts]
         self.resume()
 
@@ -123,7 +123,9 @@ def _call_region(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return call_as_region(module, args, kwargs)
 
 
-def compiled_caller(backend: Callable[..., Any], function: Callable[..., Any] = _call_region) -> Callable[..., Any]:
+def compiled_caller(
+    backend: Callable[..., Any], function: Callable[..., Any] = _call_region, *, dynamic: bool | None = None
+) -> Callable[..., Any]:
     """Return ``function(module, *args, **kwargs)``, compiled, with a cache of graphs of its own."""
 
     def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +135,7 @@ def compiled_caller(backend: Callable[..., Any], function: Callable[..., Any] = 
     name = f"call_module_{next(_serial)}"
     code = call_module.__code__.replace(co_name=name)
     own = types.FunctionType(code, call_module.__globals__, name, None, call_module.__closure__)
-    compiled = torch.compile(own, backend=backend, fullgraph=True)
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
 
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
