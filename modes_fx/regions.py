@@ -6,9 +6,11 @@ same model. ``"moe"``: each MoE block. ``"layer"``: each decoder layer. ``"model
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +23,12 @@ from modes_fx.errors import ModelError, ModesFxError
 Region = Literal["moe", "layer", "model"]
 
 _serial = itertools.count()
+_running: ContextVar[nn.Module | None] = ContextVar("modes_fx_region", default=None)
+
+
+def running_region() -> nn.Module | None:
+    """Return the region that runs compiled in this context, or None outside any."""
+    return _running.get()
 
 
 @dataclass(frozen=True)
@@ -82,26 +90,36 @@ class CompiledRegions:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[nn.Module, Any, Any]] = []
+        self._before: list[tuple[nn.Module, Any]] = []
+        self._suspended = False
 
     def add(self, modules: list[nn.Module], backend: Callable[..., Any], *, share: bool) -> None:
         """Compile modules in place; ``share`` one cache of graphs among them (they differ by their parameters alone)."""
         caller = compiled_caller(backend)
         for module in modules:
-            self._calls.append((module, module._compiled_call_impl, types.MethodType(caller, module)))
+            before = module._compiled_call_impl
+            self._before.append((module, before))
+            module._compiled_call_impl = functools.partial(self._call, caller, before, module)
             if not share:
                 caller = compiled_caller(backend)
-        self.resume()
+
+    def _call(self, compiled: Callable[..., Any], before: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._suspended:
+            return (before or module._call_impl)(*args, **kwargs)
+        return compiled(module, *args, **kwargs)
 
     def suspend(self) -> None:
-        """Give each module back the call that it had, until ``resume``."""
-        for module, before, _ in self._calls:
-            module._compiled_call_impl = before
+        """Let each module run as it did before, until ``resume``; what stands in front of its call stays there."""
+        self._suspended = True
 
     def resume(self) -> None:
-        """Compile the modules again, with the graphs that they had."""
-        for module, _, call in self._calls:
-            module._compiled_call_impl = call
+        """Let the modules run compiled again, with the graphs that they had."""
+        self._suspended = False
+
+    def remove(self) -> None:
+        """Give each module back the call that it had, for good."""
+        for module, before in self._before:
+            module._compiled_call_impl = before
 
 
 def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,6 +134,7 @@ def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
     compiled = torch.compile(own, backend=backend, fullgraph=True)
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outside = _running.set(module)
         try:
             return compiled(module, *args, **kwargs)
         except BackendCompilerFailed as error:
@@ -127,6 +146,8 @@ def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
                 f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
                 'Use region="moe", which leaves attention and caches alone.'
             ) from error
+        finally:
+            _running.reset(outside)
 
     return call
 
