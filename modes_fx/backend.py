@@ -42,8 +42,8 @@ class Runtime(Protocol):
             (float32 [num_classes]), on the experts' device.
         """
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
-        """Count the pairs that were dispatched; called only while ``recording``."""
+    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
+        """Count the pairs that were dispatched of tokens of these classes; called only while ``recording``."""
 
     @property
     def recording(self) -> bool:
@@ -155,7 +155,7 @@ def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compil
         if runtime.recording:
             pairs = outputs[-per_site:]
             for i, (layer, binding) in enumerate(zip(layers, bindings, strict=True)):
-                runtime.record(layer, binding.top_k, pairs[2 * i], pairs[2 * i + 1])
+                runtime.record(layer, binding.top_k, added[2 * i], pairs[2 * i], pairs[2 * i + 1])
         return outputs[:-per_site]
 
     return run

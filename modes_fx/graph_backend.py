@@ -138,7 +138,7 @@ class GraphRuntime:
 
         return run
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
         """Never called: only ``optimize`` keeps statistics."""
 
     def _layer(self, source: str) -> int:

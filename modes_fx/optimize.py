@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
 from modes_fx.experts import IMPLEMENTATION
-from modes_fx.modality import ModalityWatch, token_ids_for
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
@@ -24,6 +22,7 @@ from modes_fx.probe import probe
 from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.report import Report, SiteReport, SkipStats
 from modes_fx.runtime import ModelRuntime
+from modes_fx.watch import Watch, watch_modality
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class _Optimized:
         self.rejections: dict[int, SiteRecord] = {}
         self.runtime = ModelRuntime(layers, RULES[rule])
         self.model_name = type(model).__name__
-        self.watches: list[ModalityWatch] = []
+        self.watches: list[Watch] = []
         self.regions = CompiledRegions()
         self.experts_before: list[tuple[Any, Any]] = []
 
@@ -48,7 +47,7 @@ class _Optimized:
     def undo(self) -> None:
         for watch in self.watches:
             watch.remove()
-        self.regions.suspend()
+        self.regions.remove()
         for config, implementation in self.experts_before:
             config._experts_implementation = implementation
 
@@ -101,23 +100,18 @@ def optimize(
     settings = {**inductor_settings(mode), **(options or {})}
     layers = find_moe_layers(model)
     if not layers:
-        raise NoRoutingSiteError(
-            f"{type(model).__name__} has no MoE layer that uses transformers' experts interface "
-            "(transformers.integrations.moe): there is nothing to skip."
-        )
+        raise NoRoutingSiteError(no_moe_layer(model))
     plan, bounds = _resolve(model, plan, target, len(layers))
     _check_compiler()
     if getattr(model, _ATTRIBUTE, None) is not None:
         restore(model)
-    state = _Optimized(model, layers, region, plan.rule if plan else "threshold")
+    state = trace_sites(model, layers, region, dispatch, plan.rule if plan else "threshold")
     try:
-        state.experts_before = _name_implementation(layers)
-        _check_hooks(layers, region)
-        state.layers, state.rejections = probe(layers, state.runtime, dispatch)
         if not state.runtime.sites:
             raise _no_site(state)
         _compile(state, dispatch, dynamic, settings)
-        state.watches = _watch(model, state)  # last, so that it stands in front of a region that is the model itself
+        # last, so that watches stand in front of regions
+        state.watches = watch_modality(model, state.layers, region, lambda: not state.runtime.keeps_all)
         state.runtime.set_bounds(bounds)
     except BaseException:
         state.undo()
@@ -171,10 +165,24 @@ def report(model: nn.Module) -> Report:
     Raises:
         NotOptimizedError: The model is not optimised.
     """
-    return _report(optimized_state(model))
+    return report_of(optimized_state(model))
 
 
-def _report(state: _Optimized) -> Report:
+def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> _Optimized:
+    """Trace every site of a model, for ``optimize`` and ``inspect``; what that changed is changed back by ``undo``."""
+    state = _Optimized(model, layers, region, rule)
+    try:
+        state.experts_before = _name_implementation(layers)
+        _check_hooks(layers, region)
+        state.layers, state.rejections = probe(layers, state.runtime, dispatch)
+    except BaseException:
+        state.undo()
+        raise
+    return state
+
+
+def report_of(state: _Optimized) -> Report:
+    """Return how each traced site ended."""
     records = [state.runtime.sites.get(i) or state.rejections[i] for i in range(len(state.layers))]
     sites = tuple(_site_report(layer.name, record) for layer, record in zip(state.layers, records, strict=True))
     return Report(state.model_name, state.region, sites, state.runtime.graphs)
@@ -208,8 +216,19 @@ def _site_report(name: str, record: SiteRecord) -> SiteReport:
     return SiteReport(name, **found)
 
 
+def no_moe_layer(model: nn.Module) -> str:
+    """Say why a model has no site that could be looked at."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    experts = {name: getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    named = [f"{name} {number}" for name, number in experts.items() if isinstance(number, int) and number > 1]
+    why = f"its config names {named[0]}, but they are dispatched another way" if named else "there is nothing to skip"
+    interface = "transformers' experts interface (transformers.integrations.moe)"
+    return f"{type(model).__name__} has no MoE layer that uses {interface}: {why}."
+
+
 def _no_site(state: _Optimized) -> NoRoutingSiteError:
-    found = _report(state)
+    found = report_of(state)
     first = found.sites[0]
     return NoRoutingSiteError(
         f"No routing site rewritten in {state.model_name}: {found.found} found, {found.found} rejected ({found.reasons()}). "
@@ -264,19 +283,6 @@ def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
                 f"accelerate's hooks move weights inside {type(module).__name__}, which cannot be traced as one graph. "
                 'Use region="moe".'
             )
-
-
-def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
-    """Watch the model, and each module on the way down to the regions that can be called with tokens of its own."""
-    vision_ids, sees_images = token_ids_for(model)
-    compiled = {id(module) for layer in state.layers for module in layer.region(state.region).modules()}
-    outer = (module for module in model.modules() if id(module) not in compiled)
-    above = [module for module in outer if any(part is state.layers[0].experts for part in module.modules())]
-    takes_tokens = [module for module in above if "inputs_embeds" in inspect.signature(module.forward).parameters]
-    return [
-        ModalityWatch(module, vision_ids, sees_images=sees_images, required=lambda: not state.runtime.keeps_all)
-        for module in takes_tokens or [model]
-    ]
 
 
 def _compile(state: _Optimized, dispatch: Dispatch, dynamic: bool | None, settings: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from modes_fx.backend import Compiled, SkipBackend
+from modes_fx.errors import ModelError
 from modes_fx.experts import stock_dispatch
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
@@ -39,14 +40,16 @@ def probe(
             kind = type(module)
             if kind not in callers:
                 backend = SkipBackend(runtime, runtime.rule.keep, dispatch, _run_uncompiled)
-                alone = module is layer.experts
-                callers[kind] = compiled_caller(backend, stock_dispatch) if alone else compiled_caller(backend)
+                hooked = has_accelerate_hooks(module)  # the hooks run outside of what is compiled
+                callers[kind] = compiled_caller(backend, stock_dispatch) if hooked else compiled_caller(backend)
             try:
                 with torch.no_grad():
                     callers[kind](module, *_two_tokens(layer, module))
             except Exception as error:  # whatever a model's code raises is the reason, and is reported
-                refusals[kind] = SiteRecord("", layer.name, "rejected", "NOT_TRACEABLE", _first_line(error))
+                refusals[kind] = SiteRecord("", layer.name, "rejected", "NOT_TRACEABLE", _reason(error))
             if index in runtime.sites:
+                if module is layer.experts:  # it was given one expert a token; what its router chooses the first forward shows
+                    runtime.sites[index] = replace(runtime.sites[index], top_k=0)
                 layer = replace(layer, block=module)
                 break
             if runtime.rejections:
@@ -60,7 +63,22 @@ def probe(
 
 
 def _run_uncompiled(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
+    if any(isinstance(value, Tensor) and value.device.type == "meta" for value in inputs):
+        # No weights: shapes are all there is, and the number of kept pairs depends on data.
+        return lambda *values: fx.node.map_arg(_results(module), lambda node: _like(node.meta["example_value"]))
     return module.forward
+
+
+def _results(module: fx.GraphModule) -> Any:
+    return next(node for node in module.graph.nodes if node.op == "output").args[0]
+
+
+def _like(value: Any) -> Any:
+    """Return an empty tensor of a fake one's shape; a length that no input tells is 0."""
+    if not isinstance(value, Tensor):
+        return value
+    shape = [size if isinstance(size, int) else size.node.hint or 0 for size in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 def _two_tokens(layer: MoeLayer, module: nn.Module) -> tuple[Tensor, ...]:
@@ -72,6 +90,8 @@ def _two_tokens(layer: MoeLayer, module: nn.Module) -> tuple[Tensor, ...]:
     return hidden, ids, torch.ones(2, 1, dtype=weight.dtype, device=weight.device)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, ModelError) and error.__cause__ else error  # dynamo's, without our advice
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
+    context = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
+    return f"{type(cause).__name__}: {'; '.join((lines[0], *context))}"

@@ -200,9 +200,9 @@ class SkipStats:
             top_k: K.
             perm: int64 [N], dispatched pairs as token * K + rank, in expert order.
             offsets: int32 [E], end of each expert's rows: the last is the number of rows computed.
-            tokens: The forward's tokens.
+            tokens: The tokens that were routed.
         """
-        classes = tokens.flat(perm.device)
+        classes = tokens.ids.reshape(-1).to(perm.device)
         routed = torch.bincount(classes, minlength=PADDING + 1) * top_k
         dispatched = perm[: int(offsets[-1])]
         kept = torch.bincount(classes[dispatched // top_k], minlength=PADDING + 1)
