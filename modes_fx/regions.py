@@ -17,7 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch._dynamo.decorators import skip
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from modes_fx.errors import ModelError, ModesFxError
 from modes_fx.experts import call_as_region, run_alone, stock_dispatch
@@ -167,7 +168,7 @@ def compiled_caller(
             if isinstance(error.inner_exception, ModesFxError):  # say what is wrong, without dynamo's wrapping
                 raise error.inner_exception from None
             raise
-        except Unsupported as error:
+        except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
             raise ModelError(
                 f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
                 + (_HOOKS_CAME_LATER if has_accelerate_hooks(module) else _SMALLER_REGION)

@@ -1,4 +1,4 @@
-"""What the tokens are where they are not the language model's own: vision towers, groups of experts, decoders, dropped tokens."""
+"""Which tokens run where they are not the language model's own: vision towers, groups of experts, decoders, dropped tokens."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,30 +12,26 @@ import modes_fx
 from modes_fx import modality
 from modes_fx.errors import ModalityError, ModelError
 from modes_fx.modality import vision_token_ids
+from modes_fx.regions import Region
 from modes_fx.watch import ModalityWatch
-from tests import tiny
+from tests import harness, tiny
 from tests.families.family import Family
-from tests.families.pictures import captioned, noise, placed
+from tests.families.pictures import captioned, noise, patches
 from tests.families.shrink import tiny_config
 from tests.families.text import TEXT
-from tests.families.vision import VISION
+from tests.families.vision import THINKER, VISION
 
 PLAN = modes_fx.SkipPlan.uniform(text=0.25, vision=0.4)
 FAMILIES = {family.name: family for family in (*TEXT, *VISION)}
 
 
 @pytest.fixture(scope="module")
-def built() -> dict[str, nn.Module]:
-    return {}
-
-
-@pytest.fixture
-def optimized(built: dict[str, nn.Module], request: Any, without_inductor: None) -> Iterator[tuple[Family, nn.Module]]:
+def optimized(request: Any) -> Iterator[tuple[Family, nn.Module]]:
     """The family that a test names, optimised with a plan."""
     family = FAMILIES[request.param]
-    model = built.setdefault(family.name, family.build())
-    yield family, modes_fx.optimize(model, PLAN)
-    modes_fx.restore(model)
+    with pytest.MonkeyPatch.context() as patch:
+        harness.compile_with(patch, harness.uncompiled)
+        yield family, modes_fx.optimize(family.build(), PLAN)
 
 
 def routed(model: nn.Module, **inputs: Tensor) -> dict[str, Tensor]:
@@ -61,18 +57,11 @@ def test_tokens_of_a_vision_tower_are_visual_whatever_their_number(optimized: tu
 
 
 @pytest.mark.usefixtures("without_inductor")
-@pytest.mark.parametrize("name", ["dots3_note", "diffusion_gemma"])
-def test_whole_stacks_as_regions_see_the_same_tokens(built: dict[str, nn.Module], name: str) -> None:
-    family = FAMILIES[name]
-    model = built.setdefault(name, family.build())
-    seen, kept = [], []
-    for region in ("moe", "model"):
-        modes_fx.optimize(model, PLAN, region=region)
-        seen.append(routed(model, **family.inputs()))
-        kept.append(modes_fx.stats(model).pairs_kept)
-    modes_fx.restore(model)
-    assert all(seen[0][layer].equal(seen[1][layer]) for layer in seen[0])
-    assert kept[0].equal(kept[1])
+def test_a_tower_whose_attention_depends_on_data_is_no_region() -> None:
+    family = FAMILIES["dots3_note"]
+    model = modes_fx.optimize(family.build(), PLAN, region="layer")
+    with pytest.raises(ModelError, match=r"Dots3NoteVisionBlock cannot be traced.*Use region=\"moe\""):
+        routed(model, **family.inputs())
 
 
 @pytest.mark.parametrize("optimized", ["ernie4_5_vl_moe"], indirect=True)
@@ -111,28 +100,26 @@ def test_suspended_regions_leave_watches_in_place(optimized: tuple[Family, nn.Mo
     assert [tokens.ids.tolist() for tokens in seen] == [[[1] * 12]]
 
 
-@pytest.mark.parametrize("optimized", ["diffusion_gemma"], indirect=True)
-def test_a_canvas_is_text_in_the_making_and_tied_layers_are_told_apart(optimized: tuple[Family, nn.Module]) -> None:
-    family, model = optimized
-    model_layers = {"encoder": "model.encoder.language_model.layers.0.experts", "decoder": "model.decoder.layers.0.experts"}
-    tied = [model.get_submodule(name).gate_up_proj for name in model_layers.values()]
-    assert tied[0] is tied[1]
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize("region", ["moe", "layer"])
+def test_a_canvas_is_text_in_the_making_and_tied_layers_are_told_apart(region: Region) -> None:
+    family = FAMILIES["diffusion_gemma"]
+    model = modes_fx.optimize(family.build(), PLAN, region=region)
+    names = "model.encoder.language_model.layers.0.experts", "model.decoder.layers.0.experts"
+    encoder, decoder = (model.get_submodule(name) for name in names)
+    assert encoder.gate_up_proj is decoder.gate_up_proj
     pairs = routed(model, **family.inputs())
-    assert pairs[model_layers["encoder"]].tolist() == [[12 * 3, 0], [8 * 3, 0]]
-    assert pairs[model_layers["decoder"]].tolist() == [[0, 12 * 3], [0, 0]]
-    generated = model.generate(**placed(), max_new_tokens=6)
-    assert generated is not None
+    assert pairs[names[0]].tolist() == [[12 * 3, 0], [8 * 3, 0]]
+    assert pairs[names[1]].tolist() == [[0, 12 * 3], [0, 0]]
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_tied_layers_inside_one_region_are_an_error(built: dict[str, nn.Module]) -> None:
+def test_tied_layers_inside_one_region_are_an_error() -> None:
     model = FAMILIES["mixtral"].build()
     first, second, *_ = (layer.mlp.experts for layer in model.model.layers)
     second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
-    modes_fx.optimize(model, PLAN)
-    pairs = routed(model, input_ids=captioned(4)["input_ids"])
-    assert all(pair.sum() == 24 * 3 for pair in pairs.values())
     modes_fx.optimize(model, PLAN, region="model")
+    assert modes_fx.report(model).reasons() == ""
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts, model\.layers\.1\.mlp\.experts share their weights"):
         routed(model, input_ids=captioned(4)["input_ids"])
 
@@ -177,5 +164,17 @@ def test_a_decoder_behind_an_encoder_has_tokens_of_its_own() -> None:
     assert seen == [[[0, 0, 0, 2]], [[2, 0, 0, 0]]]
 
 
-def test_placeholder_ids_of_a_speaking_model_are_those_of_its_thinker() -> None:
+@pytest.mark.usefixtures("without_inductor")
+def test_a_speaking_model_sees_in_its_thinker_and_asks_about_its_talker() -> None:
     assert vision_token_ids(transformers.Qwen3OmniMoeConfig()) == (151655, 151656)
+    talker = {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 16}}
+    config = tiny_config("qwen3_omni_moe", thinker_config=THINKER, talker_config=talker)
+    model = modes_fx.optimize(transformers.Qwen3OmniMoeForConditionalGeneration(config).eval(), PLAN)
+    with modes_fx.stats(model) as stats:
+        model.generate(**patches(96)(), thinker_max_new_tokens=2, return_audio=False)
+    layers = [name.split(".")[0] for name in stats.layers]
+    assert layers == ["thinker"] * 3 + ["talker"] * 3
+    assert stats.pairs_routed[:3].tolist() == [[[12 * 3, 2 * 3], [8 * 3, 0]]] * 3
+    assert stats.pairs_routed[3:].sum() == 0
+    with pytest.raises(ModalityError, match=r"\[1, 5\].*modes_fx\.token_modality"):
+        model.talker.model(inputs_embeds=torch.randn(1, 5, 32))
