@@ -40,8 +40,8 @@ class Runtime(Protocol):
             (float32 [num_classes]), on the experts' device.
         """
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
-        """Count the pairs that were dispatched; called only while ``recording``."""
+    def record(self, layer: int, top_k: int, pairs: Tensor) -> None:
+        """Count the pairs that were computed (see ``Rewritten``); called only while ``recording``."""
 
     @property
     def recording(self) -> bool:
@@ -128,7 +128,6 @@ def _allow_kept_lengths(module: fx.GraphModule) -> None:
 
 def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compiled:
     bindings = rewritten.bindings
-    per_site = 2 * len(bindings)
 
     def run(*inputs: Any) -> Sequence[Any]:
         layers: list[int] = []
@@ -139,9 +138,8 @@ def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compil
             added += (token_class, bounds)
         outputs = compiled(*inputs, *added)
         if runtime.recording:
-            pairs = outputs[-per_site:]
-            for i, (layer, binding) in enumerate(zip(layers, bindings, strict=True)):
-                runtime.record(layer, binding.top_k, pairs[2 * i], pairs[2 * i + 1])
-        return outputs[:-per_site]
+            for layer, binding, pairs in zip(layers, bindings, outputs[-len(bindings) :], strict=True):
+                runtime.record(layer, binding.top_k, pairs)
+        return outputs[: -len(bindings)]
 
     return run

@@ -101,7 +101,7 @@ class GraphRuntime:
         """Say what was rewritten; experts that are computed whole are never passed off as optimised."""
         rejected = [f"{record.code}: {record.detail}" for record in rewritten.records if record.status == "rejected"]
         if rejected or (self._takes_experts and not rewritten.bindings):
-            reasons = "; ".join(rejected) or "it holds no dispatch; does the model use the experts implementation 'grouped_mm'?"
+            reasons = "; ".join(rejected) or "it holds no dispatch; try model.set_experts_implementation('grouped_mm')"
             logger.warning("a graph computes experts; %d of its routing sites rewritten: %s", len(rewritten.bindings), reasons)
         else:
             logger.info("graph compiled: %d routing sites rewritten", len(rewritten.bindings))
@@ -125,7 +125,7 @@ class GraphRuntime:
 
         return run
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+    def record(self, layer: int, top_k: int, pairs: Tensor) -> None:
         """Never called: only ``optimize`` keeps statistics."""
 
     def _layer(self, source: str) -> int:

@@ -78,11 +78,11 @@ class ModelRuntime:
                 row = self._on_device[layer, device] = self._bounds[layer].clone().to(device)
         return layer, self._token_classes(binding.token_count(inputs), device), row
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
-        """Count the pairs that were dispatched."""
+    def record(self, layer: int, top_k: int, pairs: Tensor) -> None:
+        """Count the pairs that were computed."""
         tokens = modality.running()
         if tokens is not None:
-            self.stats.count(layer, top_k, perm, offsets, tokens)
+            self.stats.count(layer, top_k, pairs, tokens)
 
     def _find(self, weights: Sequence[Tensor], binding: Binding) -> int:
         """Look a layer up by its parameters as they are now (offloading replaces them)."""
