@@ -142,6 +142,25 @@ def test_one_trace_serves_any_number_of_tokens_and_of_kept_pairs(form: Form) -> 
 
 @pytest.mark.parametrize("dispatch", ["compact", "static"])
 @pytest.mark.parametrize("stock_form", STOCK)
+def test_bare_experts_whose_every_size_varies_are_traced_for_their_k(stock_form: str, dispatch: str) -> None:
+    runtime = harness.FixedRuntime()
+    experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts.config._experts_implementation = stock_form
+    run = harness.compiled_block(experts, dispatch, runtime, dynamic=True)
+    runtime.bounds = torch.full((3,), 0.25)
+    for tokens, top_k in ((5, TOP_K), (9, TOP_K), (4, TOP_K - 1), (7, TOP_K - 1)):
+        routing = Routing.random(tokens, torch.float32, seed=tokens)
+        routing = Routing(routing.hidden, routing.ids[:, :top_k], routing.weights[:, :top_k])
+        with torch.no_grad():
+            out = run(routing.hidden, routing.ids, routing.weights)
+        keep = oracle.at_least(routing.weights, torch.full((tokens,), 0.25))
+        assert_close(out, expected(experts, routing, keep), torch.float32)
+    ks = [[(record.status, record.top_k) for record in graph.records] for graph in runtime.graphs]
+    assert ks == [[("rewritten", TOP_K)], [("rewritten", TOP_K - 1)]]
+
+
+@pytest.mark.parametrize("dispatch", ["compact", "static"])
+@pytest.mark.parametrize("stock_form", STOCK)
 def test_reduce_k_keeps_the_largest_k(stock_form: str, dispatch: str) -> None:
     runtime = harness.FixedRuntime()
     experts = oracle.experts_of(tiny.make("olmoe"))[0]
