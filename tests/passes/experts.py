@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,9 @@ class Routed:
         return Routed(self.hidden.to(dtype), self.ids, self.weights.to(dtype))
 
 
-def check_experts(experts: nn.Module, hidden_size: int, stock_form: str, dispatch: str, dtype: torch.dtype) -> None:
+def check_experts(
+    experts: nn.Module, hidden_size: int, stock_form: str, dispatch: str, dtype: torch.dtype, device: str = "cpu"
+) -> None:
     """Check identity at 0, the oracle's output above it, the pairs kept, an empty call, and experts that nothing keeps.
 
     Args:
@@ -34,29 +37,31 @@ def check_experts(experts: nn.Module, hidden_size: int, stock_form: str, dispatc
         stock_form: ``"grouped_mm"`` or ``"batched_mm"``.
         dispatch: ``"compact"`` or ``"static"``.
         dtype: In which the experts compute.
+        device: On which they do.
     """
-    experts = copy.deepcopy(experts).to(dtype)
+    experts = copy.deepcopy(experts).to(device, dtype)
     experts.config._experts_implementation = stock_form
     num_experts = len(next(iter(experts.parameters())))
     routed = _routed(num_experts, hidden_size).to(dtype)
-    runtime = harness.FixedRuntime(CLASSES, recording=True)
+    given = [tensor.to(device) for tensor in (routed.hidden, routed.ids, routed.weights)]
+    runtime = harness.FixedRuntime(CLASSES.to(device), recording=True)
     run = harness.compiled_block(experts, dispatch, runtime)
 
     for bounds in ([0.0, 0.0, 0.0], [0.3, 0.45, math.inf], [math.inf] * 3):
-        runtime.bounds = torch.tensor(bounds)
+        runtime.bounds = torch.tensor(bounds, device=device)
         runtime.recorded.clear()
-        keep = oracle.at_least(routed.weights, runtime.bounds[CLASSES])
+        keep = oracle.at_least(routed.weights, torch.tensor(bounds)[CLASSES])
         wanted = _eager(experts, routed, keep)
         victims = sorted(set(range(num_experts)) - set(routed.ids[keep].tolist()))
         with torch.no_grad():
-            out = run(routed.hidden, routed.ids, routed.weights)
-            poisoned = _run_poisoned(run, experts, victims, routed)
+            out = run(*given).cpu()
+            poisoned = _run_poisoned(run, experts, victims, given).cpu()
         tolerance = 1e-5 if dtype is torch.float32 else 0.03
         for result in (out, poisoned):
             assert result.isfinite().all()
             assert (result.double() - wanted).abs().max() <= tolerance * max(wanted.abs().max().item(), 1.0)
         for pairs in runtime.recorded:
-            assert pairs[pairs >= 0].sort().values.equal(keep.flatten().nonzero()[:, 0])
+            assert pairs[pairs >= 0].sort().values.cpu().equal(keep.flatten().nonzero()[:, 0])
         assert bool(keep.any()) or not out.any()
     (graph,) = runtime.graphs
     assert [(r.status, r.code, r.form, r.dispatch) for r in graph.records] == [("rewritten", "", stock_form, dispatch)]
@@ -71,19 +76,19 @@ def _routed(num_experts: int, hidden_size: int, top_k: int = 2) -> Routed:
 
 
 def _eager(experts: nn.Module, routed: Routed, keep: Tensor) -> Tensor:
-    exact = copy.deepcopy(experts).double()
+    exact = copy.deepcopy(experts).cpu().double()
     exact.config._experts_implementation = "eager"
     wide = routed.to(torch.float64)
     with torch.no_grad():
         return exact(wide.hidden, wide.ids, torch.where(keep, wide.weights, 0.0))
 
 
-def _run_poisoned(run: object, experts: nn.Module, victims: list[int], routed: Routed) -> Tensor:
+def _run_poisoned(run: Callable[..., Tensor], experts: nn.Module, victims: list[int], given: list[Tensor]) -> Tensor:
     """Run with NaN in all that belongs to some experts."""
     before = copy.deepcopy(experts.state_dict())
     for parameter in experts.parameters():
         if parameter.dim() >= 2:
             parameter[victims] = math.nan
-    out = run(routed.hidden, routed.ids, routed.weights)
+    out = run(*given)
     experts.load_state_dict(before)
     return out
