@@ -19,8 +19,8 @@ What the experts make of dropped rows is selected away, never multiplied by 0 (0
 NOTE [why batched rows are not sorted] Sorted, with grouped GEMMs, dropped pairs would cost no row. But transformers switches
 to this form where tokens are few and each launch counts (a sort, a histogram and a sum more), and in float32 its grouped GEMM
 under a compiler reads the offsets on the host, which nothing can capture. A row that is computed in vain costs arithmetic,
-which decoding has to spare; it does not cost the memory traffic of an expert's weights, which decoding waits for: they are in
-the cache, as another row of the same token reads them.
+and a copy of matrices where the compiler does not fuse their gather with the product, but its own expert's weights are not
+read from memory, which is what decoding waits for: it shares those of another row of its token, which are in the cache.
 """
 
 from __future__ import annotations
