@@ -43,7 +43,7 @@ class Runtime(Protocol):
         """
 
     def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
-        """Count the pairs that were computed of tokens of these classes (see ``Rewritten``); called only while ``recording``."""
+        """Count the computed pairs (see ``Rewritten``) of tokens of these classes; called only while ``recording``."""
 
     @property
     def recording(self) -> bool:
