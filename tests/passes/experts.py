@@ -27,7 +27,14 @@ class Routed:
 
 
 def check_experts(
-    experts: nn.Module, hidden_size: int, stock_form: str, dispatch: str, dtype: torch.dtype, device: str = "cpu"
+    experts: nn.Module,
+    hidden_size: int,
+    stock_form: str,
+    dispatch: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    dynamic: bool = False,
 ) -> None:
     """Check identity at 0, the oracle's output above it, the pairs kept, an empty call, and experts that nothing keeps.
 
@@ -38,6 +45,7 @@ def check_experts(
         dispatch: ``"compact"`` or ``"static"``.
         dtype: In which the experts compute.
         device: On which they do.
+        dynamic: Whether one graph takes any number of tokens.
     """
     experts = copy.deepcopy(experts).to(device, dtype)
     experts.config._experts_implementation = stock_form
@@ -45,7 +53,7 @@ def check_experts(
     routed = _routed(num_experts, hidden_size).to(dtype)
     given = [tensor.to(device) for tensor in (routed.hidden, routed.ids, routed.weights)]
     runtime = harness.FixedRuntime(CLASSES.to(device), recording=True)
-    run = harness.compiled_block(experts, dispatch, runtime)
+    run = harness.compiled_block(experts, dispatch, runtime, dynamic=dynamic)
 
     for bounds in ([0.0, 0.0, 0.0], [0.3, 0.45, math.inf], [math.inf] * 3):
         runtime.bounds = torch.tensor(bounds, device=device)

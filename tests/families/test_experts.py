@@ -1,0 +1,26 @@
+"""The experts of every family in both stock dispatches, rewritten in both forms, with fixed and with any number of tokens."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from modes_fx.regions import find_moe_layers
+from tests.families.family import Family
+from tests.families.text import TEXT
+from tests.families.vision import VISION
+from tests.passes.experts import check_experts
+
+GEMMS = [("grouped_mm", torch.float32), ("grouped_mm", torch.bfloat16), ("batched_mm", torch.float32)]
+FORMS = [*product(GEMMS, ("compact", "static"))]
+FAMILIES = [family for family in (*TEXT, *VISION) if family.expected == "rewritten"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_experts_in_every_form(family: Family) -> None:
+    """float32 with any number of tokens in one graph, bfloat16 with a fixed one."""
+    kinds = {type(layer.experts): layer for layer in find_moe_layers(family.build())}
+    for layer in kinds.values():
+        for (stock_form, dtype), dispatch in FORMS:
+            dynamic = dtype is torch.float32
+            check_experts(layer.experts, layer.hidden_size, stock_form, dispatch, dtype, dynamic=dynamic)
