@@ -7,7 +7,9 @@ same answer, so that all take the same decisions: sums are formed on one process
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -17,6 +19,21 @@ from torch import Tensor
 from modes_fx.errors import CalibrationError
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[None]:
+    """Join the group of ``accelerate launch`` for the length of a block, if it started this process."""
+    if _grouped() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    state = PartialState()
+    try:
+        yield
+    finally:
+        state.destroy_process_group()
 
 
 def world() -> int:

@@ -101,7 +101,8 @@ def search(
         "from_journal": len(trials.made) - trials.measured,
         "exhaustive": sum(result.exhaustive for result in results.values()),
         "violations": sum(len(result.violations) for result in results.values()),
-        "largest_violation": max((item.size for result in results.values() for item in result.violations), default=0.0),
+        "largest_violation": max(_largest(results, "f"), _largest(results, "g")),
+        "largest_violations": {name: _largest(results, name) for name in ("f", "g")},
         "unreachable_targets": [target for target, (_, point) in zip(targets, chosen, strict=True) if point is None],
         "complete": complete,
         "lower_bounds": _lower_bounds(results, set(gammas), targets, chosen),
@@ -222,6 +223,11 @@ def _lower_bounds(
         kl = None if point is None else point.loss
         bounds.append({"target": target, "kl": kl, "lower_bound": whole, "lower_bound_of_gammas_searched": begun})
     return bounds
+
+
+def _largest(results: Mapping[float, FrontierResult], function: str) -> float:
+    sizes = (item.size for result in results.values() for item in result.violations if item.function == function)
+    return max(sizes, default=0.0)
 
 
 def _nothing_found(
