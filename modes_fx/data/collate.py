@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -44,24 +45,33 @@ class Batches:
 
     def _collate(self, rows: Sequence[_Row]) -> dict[str, Any]:
         options: dict[str, Any] = {"text": [row.turn.text for row in rows], "return_tensors": "pt"}
-        if rows[0].sample.images:
-            options["images"] = [row.sample.open_images() for row in rows]
         if len(rows) > 1:
             options["padding"] = True
         if self._padding_side is not None:
             options["padding_side"] = self._padding_side
         if not adds_special_tokens(rows[0].turn, self._processor):
             options["add_special_tokens"] = False
-        try:
-            with _some_padding(tokenizer_of(self._processor)):
-                batch = dict(self._processor(**options))
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-            names = ", ".join(row.sample.id for row in rows)
-            raise CalibrationError(f"{name_of(self._processor)} cannot process the samples {names}: {error}") from error
+        batch = self._process(rows, options)
         batch["labels"] = self._labels(batch["input_ids"], batch.get("attention_mask"), rows)
         if self._dtype is None:
             return batch
         return {key: value.to(self._dtype) if _is_float(value) else value for key, value in batch.items()}
+
+    def _process(self, rows: Sequence[_Row], options: dict[str, Any]) -> dict[str, Any]:
+        """Run the processor; one that refuses a list of images for each sample gets them all in one list."""
+        images = [row.sample.open_images() for row in rows]
+        forms: list[dict[str, Any]] = [{}]
+        if rows[0].sample.images:
+            forms = [{"images": images}, {"images": list(chain.from_iterable(images))}]
+        errors = []
+        for form in forms:
+            try:
+                with _some_padding(tokenizer_of(self._processor)):
+                    return dict(self._processor(**options, **form))
+            except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+                errors.append(error)
+        names, told = ", ".join(row.sample.id for row in rows), "; ".join(dict.fromkeys(map(str, errors)))
+        raise CalibrationError(f"{name_of(self._processor)} cannot process the samples {names}: {told}") from errors[0]
 
     def _labels(self, input_ids_BS: Tensor, attention_mask_BS: Tensor | None, rows: Sequence[_Row]) -> Tensor:
         labels_BS = torch.full_like(input_ids_BS, IGNORED)

@@ -29,7 +29,7 @@ def column_names(file: Path) -> set[str]:
 
 
 def read_parquet(
-    files: Sequence[Path], *, columns: Iterable[str] | None = None, only: tuple[str, Iterable[str]] | None = None
+    files: Sequence[Path], *, columns: Iterable[str] | None = None, only: tuple[str, Iterable[Any]] | None = None
 ) -> Table:
     """Read parquet files as one table.
 
@@ -69,38 +69,41 @@ def read_folder(folder: Path) -> dict[str, Table]:
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
-def row_images(table: Table, row: int, column: str, folder: Path) -> tuple[ImageSource, ...]:
+def stored_images(table: Table, column: str) -> Table:
+    """Return a table's column of images as it is stored: other views decode an image, and a broken one would raise there."""
+    return table.select_columns([column]).with_format("arrow")
+
+
+def row_images(stored: Table, row: int, folder: Path) -> tuple[ImageSource, ...]:
     """Return the images of one cell without decoding them.
 
     Args:
-        table: The table.
+        stored: From ``stored_images``; a cell holds {bytes, path}, as `datasets` stores an image, a path, or a list of either.
         row: Number of the row.
-        column: Holds an image as `datasets` stores it ({bytes, path}), a path, or a list of either.
         folder: Where relative paths start.
     """
-    cell = _stored(table, row, column)
+    cell = _cell(stored, row)
     if cell is None:
         return ()
     if not isinstance(cell, list):
-        return (functools.partial(_bytes, table, row, column, None, folder),)
-    return tuple(functools.partial(_bytes, table, row, column, index, folder) for index in range(len(cell)))
+        return (functools.partial(_bytes, stored, row, None, folder),)
+    return tuple(functools.partial(_bytes, stored, row, index, folder) for index in range(len(cell)))
 
 
-def _bytes(table: Table, row: int, column: str, index: int | None, folder: Path) -> bytes:
-    cell = _stored(table, row, column)
-    stored = cell if index is None else cell[index]
-    if isinstance(stored, dict):
-        if stored.get("bytes") is not None:
-            return bytes(stored["bytes"])
-        stored = stored.get("path")
-    if not isinstance(stored, str):
-        raise TypeError(f"column {column!r} holds neither an image's bytes nor its path, but {type(stored).__name__}")
-    return (folder / stored).read_bytes()
+def _bytes(stored: Table, row: int, index: int | None, folder: Path) -> bytes:
+    cell = _cell(stored, row)
+    image = cell if index is None else cell[index]
+    if isinstance(image, dict):
+        if image.get("bytes") is not None:
+            return bytes(image["bytes"])
+        image = image.get("path")
+    if not isinstance(image, str):
+        raise TypeError(f"expected an image's bytes or its path in {stored.column_names[0]!r}, got {type(image).__name__}")
+    return (folder / image).read_bytes()
 
 
-def _stored(table: Table, row: int, column: str) -> Any:
-    # In Arrow's own format: the others decode the image, and a broken one would raise here.
-    return table.select_columns([column]).with_format("arrow")[row].column(0)[0].as_py()
+def _cell(stored: Table, row: int) -> Any:
+    return stored[row].column(0)[0].as_py()
 
 
 def _datasets() -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlavaProcessor
 
 import modes_fx
 from modes_fx import demo
@@ -238,6 +239,21 @@ def test_a_sample_that_the_processor_refuses_is_named() -> None:
     sample = Sample("7", "What is this <image>?", "A cat.", (picture(0),))
     with pytest.raises(CalibrationError, match="LlavaProcessor cannot process the samples 7"):
         list(make_batches([sample], FAMILIES["llava"].make()))
+
+
+def test_a_processor_that_takes_images_in_one_list_gets_them_so() -> None:
+    class Flat(LlavaProcessor):
+        def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+            if images and isinstance(images[0], list):
+                raise ValueError("Invalid image type.")
+            return super().__call__(images=images, text=text, **kwargs)
+
+    processor = FAMILIES["llava"].make()
+    samples = samples_for(FAMILIES["llava"])[:2]
+    (wanted,) = make_batches(samples, processor)
+    processor.__class__ = Flat
+    (found,) = make_batches(samples, processor)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_truncation_is_noticed() -> None:

@@ -26,8 +26,9 @@ def test_gqa_reads_the_chosen_images_alone(tmp_path: Path, monkeypatch: pytest.M
     load = datasets.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: read.append(load(*args, **kwargs)) or read[-1])
     samples = load_samples(layouts.gqa(tmp_path / "GQA"), limit=1)
-    questions, images = read
-    assert (len(questions), len(images), len(samples)) == (6, 1, 1)
+    questions, names, images = read
+    assert (len(questions), len(names), len(images), len(samples)) == (6, 3, 1, 1)
+    assert names.column_names == ["id"]
 
 
 def test_gqa_with_several_splits_wants_one_named(tmp_path: Path) -> None:
@@ -45,6 +46,16 @@ def test_gqa_falls_back_on_the_short_answer(tmp_path: Path) -> None:
     for file in (root / "testdev_balanced_instructions").iterdir():
         to_parquet(file, rows)
     assert {sample.answer for sample in load_samples(root)} == {"cat"}
+
+
+@pytest.mark.parametrize("name", ["n9", None])
+def test_gqa_without_any_image_of_its_questions_is_refused(tmp_path: Path, name: str | None) -> None:
+    root = layouts.gqa(tmp_path / "GQA")
+    rows = {"id": ["1"], "imageId": [name], "question": ["What?"], "answer": ["cat"], "fullAnswer": ["A cat."]}
+    for file in (root / "testdev_balanced_instructions").iterdir():
+        to_parquet(file, rows)
+    with pytest.raises(CalibrationError, match=f"there is no image {name!r}"):
+        load_samples(root)
 
 
 @pytest.mark.parametrize("split", ["val", "validation"])

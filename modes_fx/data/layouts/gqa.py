@@ -12,17 +12,19 @@ import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from modes_fx.data.layouts.layout import Layout, Records, choose_split, first_of, text_of
+from modes_fx.data.layouts.layout import Layout, Records, choose_split, text_of
 from modes_fx.data.sample import ImageSource, Sample
-from modes_fx.data.tables import parquet_files, read_parquet, row_images
+from modes_fx.data.tables import parquet_files, read_parquet, row_images, stored_images
 
-_QUESTIONS, _IMAGES = "_instructions", "_images"
+_QUESTION_FOLDER, _IMAGE_FOLDER = "_instructions", "_images"
 _COLUMNS = ("id", "imageId", "question", "answer", "fullAnswer")
 
 
 def _splits(source: Path) -> list[str]:
-    names = [folder.name.removesuffix(_QUESTIONS) for folder in source.glob(f"*{_QUESTIONS}") if parquet_files(folder)]
-    return [name for name in names if parquet_files(source / f"{name}{_IMAGES}")]
+    names = [
+        folder.name.removesuffix(_QUESTION_FOLDER) for folder in source.glob(f"*{_QUESTION_FOLDER}") if parquet_files(folder)
+    ]
+    return [name for name in names if parquet_files(source / f"{name}{_IMAGE_FOLDER}")]
 
 
 def _fits(source: Path) -> bool:
@@ -31,24 +33,33 @@ def _fits(source: Path) -> bool:
 
 def _read(source: Path, split: str | None, frames: int) -> Records:
     split = choose_split(_splits(source), split, source)
-    questions = read_parquet(parquet_files(source / f"{split}{_QUESTIONS}"), columns=_COLUMNS)
+    questions = read_parquet(parquet_files(source / f"{split}{_QUESTION_FOLDER}"), columns=_COLUMNS)
+
+    files = parquet_files(source / f"{split}{_IMAGE_FOLDER}")
 
     def read(chosen: Sequence[int]) -> Iterable[Sample]:
         rows = [questions[index] for index in chosen]
-        wanted = {row["imageId"] for row in rows}
-        images = read_parquet(parquet_files(source / f"{split}{_IMAGES}"), columns=("id", "image"), only=("id", wanted))
-        place = {name: index for index, name in enumerate(images["id"])}
+        images = _images(files, {row["imageId"] for row in rows}, source)
         for row in rows:
             name = row["imageId"]
-            found: tuple[ImageSource, ...] = (functools.partial(_missing, name),)
-            if name in place:
-                found = row_images(images, place[name], "image", source)
-            yield Sample(text_of(row["id"]), text_of(row["question"]), text_of(first_of(row, ("fullAnswer", "answer"))), found)
+            found = images[name] if name in images else (functools.partial(_missing, name),)
+            answer = text_of(row["fullAnswer"]) or text_of(row["answer"])
+            yield Sample(text_of(row["id"]), text_of(row["question"]), answer, found)
 
     return Records(len(questions), read)
 
 
-def _missing(name: str) -> bytes:
+def _images(files: Sequence[Path], names: set[str | None], folder: Path) -> dict[str, tuple[ImageSource, ...]]:
+    """Return those of the named images that there are."""
+    known = names.intersection(read_parquet(files, columns=("id",))["id"])
+    if not known:
+        return {}
+    table = read_parquet(files, columns=("id", "image"), only=("id", known))
+    stored = stored_images(table, "image")
+    return {name: row_images(stored, row, folder) for row, name in enumerate(table["id"])}
+
+
+def _missing(name: str | None) -> bytes:
     raise LookupError(f"there is no image {name!r} in the images' files")
 
 

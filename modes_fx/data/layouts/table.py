@@ -12,7 +12,7 @@ from pathlib import Path
 from modes_fx.data.layouts.jsonl import ANSWER, IMAGES, QUESTION
 from modes_fx.data.layouts.layout import Layout, Records, choose_split, first_of, text_of
 from modes_fx.data.sample import Sample
-from modes_fx.data.tables import Table, read_folder, row_images
+from modes_fx.data.tables import Table, read_folder, row_images, stored_images
 from modes_fx.errors import CalibrationError
 
 _ID = ("question_id", "id")
@@ -48,6 +48,7 @@ def read_table(source: Path, split: str | None, question: str | None) -> Records
         )
     fields = table.select_columns(texts).with_format(None)
     column = next((name for name in IMAGES if name in names), None)
+    images = stored_images(table, column) if column else None
 
     def read(chosen: Sequence[int]) -> Iterable[Sample]:
         for index in chosen:
@@ -56,7 +57,7 @@ def read_table(source: Path, split: str | None, question: str | None) -> Records
                 id=text_of(first_of(row, _ID)) or str(index),
                 question=question or text_of(first_of(row, QUESTION)),
                 answer=text_of(first_of(row, ANSWER)),
-                images=row_images(table, index, column, source) if column else (),
+                images=row_images(images, index, source) if column else (),
             )
 
     return Records(len(table), read)

@@ -19,7 +19,7 @@ from typing import Any
 
 from modes_fx.data.layouts.layout import Layout, Records, choose_split, text_of
 from modes_fx.data.sample import ImageSource, Sample
-from modes_fx.data.tables import Table, column_names, parquet_files, read_parquet, row_images
+from modes_fx.data.tables import Table, column_names, parquet_files, read_parquet, row_images, stored_images
 
 _TRACKS = ("Adaptation", "Comprehension", "Perception")
 _COLUMNS = ("id", "question", "options", "answer")
@@ -38,22 +38,23 @@ def _read(source: Path, split: str | None, frames: int) -> Records:
     names = _tracks(source)
     if split is not None or not names:
         names = [choose_split(names, split, source)]
-    tables: list[Table] = []
+    tables: list[tuple[Table, Table | None]] = []
     for name in names:
         files = parquet_files(source / name)
         extra = ("image",) if "image" in column_names(files[0]) else ()
-        tables.append(read_parquet(files, columns=(*_COLUMNS, *extra)))
-    places = [(track, index) for track, table in enumerate(tables) for index in range(len(table))]
+        table = read_parquet(files, columns=(*_COLUMNS, *extra))
+        tables.append((table.select_columns(list(_COLUMNS)), stored_images(table, "image") if extra else None))
+    places = [(track, index) for track, (table, _) in enumerate(tables) for index in range(len(table))]
     folders = {path.name: path for path in sorted(source.rglob("*")) if path.is_dir()}
 
     def read(chosen: Sequence[int]) -> Iterable[Sample]:
         for number in chosen:
             track, index = places[number]
-            table = tables[track]
-            row = table.select_columns(list(_COLUMNS))[index]
+            table, stored = tables[track]
+            row = table[index]
             images = _spaced(_frames(folders.get(row["id"])), frames) or [functools.partial(_missing, row["id"])]
-            if "image" in table.column_names:
-                images += row_images(table, index, "image", source)
+            if stored is not None:
+                images += row_images(stored, index, source)
             yield Sample(f"{names[track]}/{row['id']}", text_of(row["question"]), _answer(row), tuple(images))
 
     return Records(len(places), read)
