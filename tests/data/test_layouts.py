@@ -1,5 +1,6 @@
 """Each layout is recognised, and gives the questions, answers and pixels that were written."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,13 @@ def test_a_broken_table_is_refused(tmp_path: Path) -> None:
     file = root / "testdev_balanced_instructions" / "testdev-00000-of-00002.parquet"
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(CalibrationError, match=r"Cannot read .*testdev-00000-of-00002.parquet"):
+        load_samples(root)
+
+
+def test_without_datasets_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = layouts.gqa(tmp_path / "GQA")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(CalibrationError, match=r"pip install 'modes-fx\[data\]'"):
         load_samples(root)
 
 

@@ -34,7 +34,6 @@ def _fits(source: Path) -> bool:
 def _read(source: Path, split: str | None, frames: int) -> Records:
     split = choose_split(_splits(source), split, source)
     questions = read_parquet(parquet_files(source / f"{split}{_QUESTION_FOLDER}"), columns=_COLUMNS)
-
     files = parquet_files(source / f"{split}{_IMAGE_FOLDER}")
 
     def read(chosen: Sequence[int]) -> Iterable[Sample]:
@@ -42,14 +41,14 @@ def _read(source: Path, split: str | None, frames: int) -> Records:
         images = _images(files, {row["imageId"] for row in rows}, source)
         for row in rows:
             name = row["imageId"]
-            found = images[name] if name in images else (functools.partial(_missing, name),)
+            found = images.get(name) or (functools.partial(_missing, name),)
             answer = text_of(row["fullAnswer"]) or text_of(row["answer"])
             yield Sample(text_of(row["id"]), text_of(row["question"]), answer, found)
 
     return Records(len(questions), read)
 
 
-def _images(files: Sequence[Path], names: set[str | None], folder: Path) -> dict[str, tuple[ImageSource, ...]]:
+def _images(files: Sequence[Path], names: set[str | None], folder: Path) -> dict[str | None, tuple[ImageSource, ...]]:
     """Return those of the named images that there are."""
     known = names.intersection(read_parquet(files, columns=("id",))["id"])
     if not known:
