@@ -16,5 +16,6 @@ __all__ = [
     "Violation",
     "frontier_search",
     "layer_importance",
+    "pareto",
     "search",
 ]

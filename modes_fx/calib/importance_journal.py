@@ -30,7 +30,6 @@ def resumable_importance(
     method: Method = "resumed",
     *,
     journal: str | os.PathLike[str] | None = None,
-    data_id: str | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Importance:
     """Measure the importance of every MoE layer like ``layer_importance``, keeping what is done in a journal.
@@ -41,7 +40,6 @@ def resumable_importance(
         mode: See ``layer_importance``.
         method: See ``layer_importance``.
         journal: The file; None measures all at once.
-        data_id: What tells these data from others; None hashes the batches.
         on_step: Called with (steps done, steps in all) of this process.
 
     Raises:
@@ -55,7 +53,7 @@ def resumable_importance(
     parts = min(_PARTS, max(processes.gather(len(data))))
     started, sums, tokens, forwards, used = time.monotonic(), torch.zeros((), dtype=torch.float64), 0, 0.0, set()
     with optimized(model):
-        about = {**what_determines(model, data_id or data_hash(data)), "split": [len(each) for each in processes.gather(data)]}
+        about = {**what_determines(model, data_hash(data)), "split": [len(each) for each in processes.gather(data)]}
         records = Journal(journal, about)
         for part in range(parts):
             share = data[part * len(data) // parts : (part + 1) * len(data) // parts]

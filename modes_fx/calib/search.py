@@ -37,7 +37,6 @@ def search(
     held_out: Iterable[Batch] | None = None,
     journal: str | os.PathLike[str] | None = None,
     time_budget: float | None = None,
-    data_id: str | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> SkipPlan:
@@ -64,7 +63,6 @@ def search(
         journal: File that each evaluation is written to as it is made, and read from: a search that was cut off goes on where
             it stopped when called again with the same model, data and importance.
         time_budget: Seconds for all but ``held_out``; then the best thresholds so far are the plan. None: no end.
-        data_id: What tells these data from others, where ``batches`` may be split in another way next time; None hashes them.
         on_trial: Called after each evaluation on ``batches``.
         on_progress: Called after each evaluation with (evaluations made, an estimate, mostly too high, of those in all).
 
@@ -78,7 +76,7 @@ def search(
         raise CalibrationError(f"time_budget is {time_budget!r}: expected seconds > 0, or None.")
     started, batches = time.monotonic(), list(batches)
     with optimized(model):
-        data = data_id or data_hash(batches)
+        data = data_hash(batches)
         records = Journal(journal, what_determines(model, data, importance.alpha))
         objective = Objective(model, batches)
         if len(importance.alpha) != objective.num_layers:

@@ -51,16 +51,17 @@ def calibrate(
     from modes_fx.calib.importance import Method, Mode
     from modes_fx.calib.importance_file import ImportanceFile
     from modes_fx.calib.importance_journal import resumable_importance
+    from modes_fx.calib.trials import data_hash
 
     with session() as bars:
         network, processor = load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         source = Source(data, data_format, split, samples, seed)
-        batches, data_id = load_batches(network, processor, source, batch_size)
+        batches = load_batches(network, processor, source, batch_size)
         importance = resumable_importance(
-            network, batches, cast(Mode, mode), cast(Method, method), journal=journal, data_id=data_id,
+            network, batches, cast(Mode, mode), cast(Method, method), journal=journal,
             on_step=lambda done, total: bars("importance of each layer", done, total),
         )  # fmt: skip
-        file = ImportanceFile.of(network, importance, data_id)
+        file = ImportanceFile.of(network, importance, data_hash(batches))
         file.save(out)
         table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title=f"KL in nats with a layer's experts skipped, {importance.method}")
         for heading in ("layer", "text", "vision", "alpha text", "alpha vision"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modes_fx.calib.objective import Batch
-    from modes_fx.data import Samples
+    from modes_fx.data import Sample, Samples
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or the id of a hub model.")]
 DataOption = Annotated[Path, typer.Option("--data", help="File or folder with questions, images and answers.")]
@@ -119,8 +117,8 @@ def load_model(name: str, *, dtype: str, device_map: str | None, trust_remote_co
     return network.eval(), processor
 
 
-def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: int) -> tuple[list[Batch], str]:
-    """Return this process's share of the batches, and a hash of the samples of all processes.
+def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: int) -> list[Batch]:
+    """Return this process's share of the batches.
 
     Raises:
         CalibrationError: The data cannot be read, or cannot be turned into the model's forward arguments.
@@ -129,22 +127,25 @@ def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: i
     from modes_fx.data import make_batches
 
     samples = processes.together(source.load)
-    console.print(str(samples.report), highlight=False, markup=False)
+    processes_used = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
+    console.print(f"{samples.report}{processes_used}", highlight=False, markup=False)
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    shard = (processes.rank(), processes.world())
-    batches = processes.together(lambda: list(make_batches(samples, processor, batch_size, shard=shard, dtype=dtype)))
-    return batches, _hash(samples, processor)
+    mine = share(samples, batch_size, processes.rank(), processes.world())
+    return processes.together(lambda: list(make_batches(mine, processor, batch_size, dtype=dtype)))
 
 
-def _hash(samples: Samples, processor: Any) -> str:
-    """Hash what the model will see of samples, however many processes share them: words, pixels, and how both are prepared."""
-    images = getattr(processor, "image_processor", None)
-    settings = {} if images is None else images.to_dict()
-    digest = hashlib.sha256(
-        json.dumps([getattr(processor, "chat_template", None), settings], sort_keys=True, default=str).encode()
-    )
-    for sample in samples:
-        digest.update(json.dumps([sample.id, sample.question, sample.answer, len(sample.images)]).encode())
-        for image in sample.open_images():
-            digest.update(image.tobytes())
-    return digest.hexdigest()[:16]
+def share(samples: Sequence[Sample], batch_size: int, rank: int, world: int) -> list[Sample]:
+    """Return one process's samples: those of every world-th batch.
+
+    Whole batches are dealt out, so that any number of processes runs the very same ones: in bfloat16 a sample's numbers depend
+    on what it is padded to.
+    """
+    chosen: list[Sample] = []
+    dealt = 0
+    for has_images in (True, False):  # which make_batches keeps apart
+        alike = [sample for sample in samples if bool(sample.images) == has_images]
+        for start in range(0, len(alike), batch_size):
+            if dealt % world == rank:
+                chosen += alike[start : start + batch_size]
+            dealt += 1
+    return chosen

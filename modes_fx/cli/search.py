@@ -96,14 +96,14 @@ def search(
         known = processes.together(lambda: ImportanceFile.load(importance))
         network, processor = load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         known.check_model(network)
-        batches, data_id = load_batches(network, processor, Source(data, data_format, split, samples, seed), batch_size)
+        batches = load_batches(network, processor, Source(data, data_format, split, samples, seed), batch_size)
         fresh = None
         if held_out is not None:
             source = Source(held_out, data_format, held_out_split, samples, seed)
-            fresh, _ = load_batches(network, processor, source, batch_size)
+            fresh = load_batches(network, processor, source, batch_size)
         plan = find(
             network, batches, known.importance, targets, gammas=gammas, grid_size=grid_size, held_out=fresh,
-            journal=journal, time_budget=time_budget, data_id=data_id,
+            journal=journal, time_budget=time_budget,
             on_progress=lambda done, total: bars("search for thresholds", done, total),
         )  # fmt: skip
         processes.from_main(lambda: plan.save(out))
@@ -135,8 +135,8 @@ def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
     if facts["violations"]:
         sizes = " and ".join(f"{size:.1e} of {name}" for name, size in facts["largest_violations"].items() if size)
         console.print(
-            f"Where thresholds rose, the loss f or the skip ratio g fell {facts['violations']} times (at most {sizes}): the search is "
-            "exact up to that. Each point reaches its target on these data."
+            f"Where thresholds rose, the loss f or the skip ratio g fell {facts['violations']} times (at most {sizes}): "
+            "the search is exact up to that. Each point reaches its target on these data."
         )
     console.print(
         f"{facts['evaluations']} evaluations ({facts['from_journal']} from the journal) instead of {facts['exhaustive']}, "

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from modes_fx import cli
 from modes_fx.calib import Importance, Objective, Trial, layer_importance, processes, search
 from modes_fx.calib.objective import optimized
 from modes_fx.calib.trials import data_hash, short_hash
@@ -90,7 +91,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         harness.compile_with(patch, harness.uncompiled)
-        if sys.argv[1] == "several":
+        if sys.argv[1] == "command":
+            cli.app(sys.argv[2:])
+        elif sys.argv[1] == "several":
             several(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
         else:
             slow_search(Path(sys.argv[2]))
