@@ -139,7 +139,7 @@ def score_grid(scores: Tensor, counts: Tensor, size: int) -> list[float]:
     return sorted({0.0, *inner, top})
 
 
-def _guess(scores: Sequence[tuple[Tensor, Tensor]]) -> Callable[[float, float], float]:
+def predicted_ratio(scores: Sequence[tuple[Tensor, Tensor]]) -> Callable[[float, float], float]:
     """Return a prediction of the skip ratio, from the unskipped model's scores."""
     below = [torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) for _, counts in scores]
     pairs = sum(int(counts[-1]) for counts in below)
@@ -200,7 +200,7 @@ def _search_gamma(
         taus_text,
         taus_vision,
         targets,
-        g_guess=_guess(scores),
+        g_guess=predicted_ratio(scores),
         better_than=at_hand,
         on_evaluation=on_evaluation,
         should_stop=lambda: trials.out_of_time(_SPARED + distinct),  # a stopped search tightens each target's bound
