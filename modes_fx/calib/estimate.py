@@ -10,8 +10,8 @@ One backward gives the gradient of all scales at once: of every layer, modality 
 
 NOTE [how far to trust it] Skipping is no small step, and where the model is sure of an answer its Fisher information is next to
 nothing: what costs much is underestimated, by two orders of magnitude in the embedded model's last layer. Rank correlation with
-measured importance there: 0.69 for text, 0.98 for vision (``benchmarks/calibration.py alpha``, 96 samples, float32). It ranks
-layers for a first look; plans are better made from the measured one.
+measured importance there: 0.69 for text, 0.98 for vision. Plans searched with it lost 3.0e-5 nats at 75% skipped (3.4e-5 with
+the measured one) and 9.9e-4 at 87.5% (7.6e-4), on other data (``benchmarks/calibration.py alpha``, 96 samples, float32).
 """
 
 from __future__ import annotations
