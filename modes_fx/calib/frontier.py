@@ -78,7 +78,8 @@ class FrontierResult:
         exhaustive: Points on the grid.
         violations: Decreases seen, at most one (the largest) for each function and upper point. Empty means that the
             evaluated points are consistent with monotone f and g. Where it is not, each point still meets its target
-            by its own evaluation and is the best of the evaluated points, but a better one may have been missed.
+            by its own evaluation and is the best of the evaluated points, but a better one may have been missed. Where all that
+            is wrong is noise, of at most e in f and d in g, no point that reaches the target + 2d is better by more than 2e.
     """
 
     points: tuple[FrontierPoint | None, ...]

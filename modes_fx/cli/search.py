@@ -136,7 +136,7 @@ def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
         sizes = " and ".join(f"{size:.1e} of {name}" for name, size in facts["largest_violations"].items() if size)
         console.print(
             f"Where thresholds rose, the loss f or the skip ratio g fell {facts['violations']} times (at most {sizes}): "
-            "the search is exact up to that. Each point reaches its target on these data."
+            "each point reaches its target on these data, but a better one may have been missed."
         )
     console.print(
         f"{facts['evaluations']} evaluations ({facts['from_journal']} from the journal) instead of {facts['exhaustive']}, "

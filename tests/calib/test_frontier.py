@@ -276,6 +276,27 @@ def test_violations_are_reported_and_targets_still_met(problem: tuple[Table, Tab
             assert point.loss == min(feasible)
 
 
+@settings(FAST, max_examples=150)
+@given(problems(), st.sampled_from([0.0, 1e-15, 1e-9, 1e-3, 0.1]), st.sampled_from([0.0, 1e-15, 1e-9, 1e-3, 0.1]), st.data())
+def test_noise_costs_no_more_than_twice_its_size(
+    problem: tuple[Table, Table, list[float]], f_noise: float, g_noise: float, data: st.DataObject
+) -> None:
+    """As the rounding of a model does: plateaus, ties and steps, and on them decreases below and above what is reported."""
+    f, g, targets = problem
+    noise = data.draw(st.randoms(use_true_random=False))
+    f = [[value + noise.uniform(-f_noise, f_noise) for value in row] for row in f]
+    g = [[value + noise.uniform(-g_noise, g_noise) for value in row] for row in g]
+    result = search(f, g, targets)
+    for target, point in zip(targets, result.points, strict=True):
+        reached = exhaustive(f, g, target + 2 * g_noise)  # what noise in g cannot have hidden
+        if reached is not None:
+            assert point is not None
+            assert point.loss <= reached + 2 * f_noise + 1e-12
+        assert point is None or point.ratio >= target
+    for violation in result.violations:
+        assert violation.size <= 2 * max(f_noise, g_noise) + 1e-12
+
+
 def test_a_violation_found_at_the_largest_corner_keeps_the_feasible_point() -> None:
     g = [[0.0, 0.6], [0.0, 0.2]]
     result = search([[0.0, 1.0], [1.0, 2.0]], g, [0.5])

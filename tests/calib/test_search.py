@@ -1,7 +1,9 @@
 """The search on a tiny model: targets met on the data, thresholds no worse than any of its grid, all of it on record."""
 
+import importlib
 import itertools
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,60 @@ def test_a_finished_search_bounds_its_losses_by_themselves(plan: SkipPlan) -> No
         assert bound["kl"] == bound["lower_bound"] == bound["lower_bound_of_gammas_searched"] == found
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """The search's clock, which stands still until the test moves it."""
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    for module in ("search", "trials"):
+        monkeypatch.setattr(importlib.import_module(f"modes_fx.calib.{module}"), "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("budget", [3, 6, 12, 18])
+def test_when_the_time_is_over_the_best_so_far_is_the_plan(
+    model: nn.Module, data: list[Batch], plan: SkipPlan, clock: types.SimpleNamespace, budget: float
+) -> None:
+    trials: list[Trial] = []
+
+    def tick(trial: Trial) -> None:
+        trials.append(trial)
+        clock.now += 1
+
+    short = search(model, data, IMPORTANCE, TARGETS, gammas=(0.0, 0.5), grid_size=5, time_budget=budget, on_trial=tick)
+    facts, whole = short.provenance["search"], plan.provenance["search"]
+    assert budget <= len(trials) <= budget + len(TARGETS)
+    assert not facts["complete"]
+    assert (facts["seconds"], facts["gammas_searched"][0]) == (len(trials), 0.5)
+    for bound, exact in zip(facts["lower_bounds"], whole["lower_bounds"], strict=True):
+        reached = [trial.evaluation.kl for trial in trials if trial.evaluation.skip_ratio >= bound["target"]]
+        assert bound["kl"] == min(reached, default=None)
+        assert bound["lower_bound"] <= exact["kl"] + 2 * whole["largest_violation"]
+        assert bound["lower_bound"] <= bound["lower_bound_of_gammas_searched"]
+        assert (bound["lower_bound"] == 0) or len(facts["gammas_searched"]) == 2
+    assert facts["unreachable_targets"] == []
+
+
+def test_a_time_budget_without_time_is_an_error_that_says_what_to_do(
+    model: nn.Module, data: list[Batch], clock: types.SimpleNamespace
+) -> None:
+    def end(trial: Trial) -> None:
+        clock.now += 60
+
+    with pytest.raises(CalibrationError, match=r"after \d evaluations, before any target .* name a journal"):
+        search(model, data, IMPORTANCE, [1.0], gammas=[0.5], grid_size=5, time_budget=60, on_trial=end)
+    with pytest.raises(CalibrationError, match="time_budget is 0"):
+        search(model, data, IMPORTANCE, time_budget=0)
+
+
+def test_progress_ends_where_the_search_does(model: nn.Module, data: list[Batch]) -> None:
+    steps: list[tuple[int, int]] = []
+    plan = search(model, data[:1], IMPORTANCE, [0.5], gammas=[0.5], grid_size=5, on_progress=lambda *step: steps.append(step))
+    assert [done for done, _ in steps] == list(range(1, plan.provenance["search"]["evaluations"] + 1))
+    assert all(done <= total for done, total in steps)
+    assert steps[-1][0] == steps[-1][1]
+
+
 def test_the_trials_that_no_other_beats_are_in_the_plan(plan: SkipPlan, trials: list[Trial]) -> None:
     undominated = [
         (trial.gamma, trial.tau_text, trial.tau_vision)
@@ -117,17 +173,17 @@ def test_the_trials_that_no_other_beats_are_in_the_plan(plan: SkipPlan, trials: 
             for other in trials
         )
     ]
-    kept = plan.provenance["search"]["pareto"]
-    assert {(row["gamma"], row["tau_text"], row["tau_vision"]) for row in kept} <= set(undominated)
-    ratios = [row["skip_ratio"] for row in kept]
+    kept = plan.frontier
+    assert {(point.gamma, point.tau_text, point.tau_vision) for point in kept} <= set(undominated)
+    ratios = [point.realised["calibration"] for point in kept]
     assert ratios == sorted(set(ratios))
     assert len(ratios) == len(
         {trial.evaluation.skip_ratio for trial in trials if (trial.gamma, trial.tau_text, trial.tau_vision) in undominated}
     )
-    losses = [row["kl"] for row in kept]
+    losses = [point.kl["calibration"] for point in kept]
     assert losses == sorted(losses)
     for point in plan.points:
-        assert any(row["kl"] == point.kl["calibration"] for row in kept)
+        assert point.kl["calibration"] in losses
 
 
 def test_no_choice_is_evaluated_twice_and_none_outside_the_grid(plan: SkipPlan, trials: list[Trial]) -> None:
