@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from modes_fx.calib.importance import Importance
 from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Batch, Objective, optimized
 from modes_fx.calib.routing import RoutingRecorder
-from modes_fx.calib.trials import Trial, Trials, data_hash, facts, pareto, thresholds, versions, what_determines
+from modes_fx.calib.trials import Trial, Trials, as_point, data_hash, pareto, thresholds, versions, what_determines
 from modes_fx.errors import CalibrationError
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model
@@ -50,7 +50,7 @@ def search(
 
     The plan's ``provenance["search"]`` says what it cost and how good it is: ``complete``; for each target the loss found and
     ``lower_bound``, which no choice of the grids can be below (equal, once complete; see ``FrontierResult`` for what that rests
-    on); ``pareto``, all trials that no other beats in both loss and skip ratio.
+    on). Its ``frontier`` holds all trials that no other beats in both loss and skip ratio, so that it takes targets in between.
 
     Args:
         model: A model that ``modes_fx.optimize`` takes, optimised or not.
@@ -107,7 +107,6 @@ def search(
         "gammas": list(gammas),
         "gammas_searched": list(results),
         "grid_size": grid_size,
-        "pareto": [facts(trial) for trial in pareto(trials.made.values())],
         "seconds": round(seconds, 3),
     }
     provenance = {
@@ -119,7 +118,8 @@ def search(
     }
     model_facts = describe_model(getattr(model, "config", None))
     points = tuple(sorted(points, key=lambda point: point.target or 0.0))
-    return SkipPlan(points, importance.alpha, objective.layers, model_facts, provenance)
+    frontier = tuple(as_point(trial) for trial in pareto(trials.made.values()))
+    return SkipPlan(points, importance.alpha, objective.layers, model_facts, provenance, frontier=frontier)
 
 
 def score_grid(scores: Tensor, counts: Tensor, size: int) -> list[float]:
@@ -256,16 +256,10 @@ def _plan_point(
     importance: Importance,
     held_out: Objective | None,
 ) -> PlanPoint:
-    on_calibration = trials(gamma, point.tau_text, point.tau_vision).evaluation
-    realised = {
-        "calibration": on_calibration.skip_ratio,
-        "text": on_calibration.skip_ratio_text,
-        "vision": on_calibration.skip_ratio_vision,
-    }
-    kl = {"calibration": on_calibration.kl}
-    if held_out is not None:
-        plan = thresholds(importance.alpha, gamma, point.tau_text, point.tau_vision)
-        on_held_out = held_out.evaluate(plan.bounds(held_out.num_layers))
-        realised["held_out"], kl["held_out"] = on_held_out.skip_ratio, on_held_out.kl
-    present: dict[str, Any] = {key: value for key, value in realised.items() if value == value}  # no NaN of an absent modality
-    return PlanPoint(point.target, point.tau_text, point.tau_vision, gamma, present, kl)
+    chosen = as_point(trials(gamma, point.tau_text, point.tau_vision), point.target)
+    if held_out is None:
+        return chosen
+    plan = thresholds(importance.alpha, gamma, point.tau_text, point.tau_vision)
+    fresh = held_out.evaluate(plan.bounds(held_out.num_layers))
+    realised, kl = {**chosen.realised, "held_out": fresh.skip_ratio}, {**chosen.kl, "held_out": fresh.kl}
+    return replace(chosen, realised=realised, kl=kl)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -165,7 +165,9 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def facts(trial: Trial) -> Mapping[str, float]:
-    """Return a trial as a flat JSON object."""
-    values = {"gamma": trial.gamma, "tau_text": trial.tau_text, "tau_vision": trial.tau_vision}
-    return {**values, **{name: value for name, value in asdict(trial.evaluation).items() if not math.isnan(value)}}
+def as_point(trial: Trial, target: float | None = None) -> PlanPoint:
+    """Return a trial as a point of a plan, of the target it was chosen for if any."""
+    found = trial.evaluation
+    ratios = {"calibration": found.skip_ratio, "text": found.skip_ratio_text, "vision": found.skip_ratio_vision}
+    present = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}  # no NaN of an absent modality
+    return PlanPoint(target, trial.tau_text, trial.tau_vision, trial.gamma, present, {"calibration": found.kl})
