@@ -1,10 +1,12 @@
-"""Cost and quality of calibration on the embedded model: ways to the layers' importance.
+"""Cost and quality of calibration on the embedded model: ways to the layers' importance, and to the thresholds.
 
     python benchmarks/calibration.py [alpha] [--images 12] [--dtype float32] [--targets 0.75,0.875] [--threads 2] [--json FILE]
 
 alpha: the importance of each layer by whole forwards, by resumed ones and by the estimate: seconds (graphs are compiled
 before), forwards over the data, rank correlation with whole forwards, and the KL divergence, on other data, of the plans that
 follow from each.
+
+search, search100, processes: see ``calibration_search.py``.
 """
 
 import argparse
@@ -14,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import calibration_search
 import torch
 from tabulate import tabulate
 from torch import Tensor
@@ -69,7 +72,12 @@ def _ranks(values: Tensor) -> Tensor:
     return below + (equal - 1) / 2
 
 
-PARTS: dict[str, Callable[[argparse.Namespace], Sequence[Row]]] = {"alpha": alpha}
+PARTS: dict[str, Callable[[argparse.Namespace], Sequence[Row]]] = {
+    "alpha": alpha,
+    "search": calibration_search.on_model,
+    "search100": calibration_search.interpolated,
+    "processes": calibration_search.one_and_two,
+}
 
 
 def main() -> None:
@@ -80,6 +88,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--targets", default="0.75,0.875", help="skip ratios to search for, comma-separated; '' for none")
     parser.add_argument("--grid", type=int, default=14, help="thresholds tried for each modality")
+    parser.add_argument("--search-images", type=int, default=2, help="images in the parts on searches")
+    parser.add_argument("--search-grid", type=int, default=16, help="thresholds in the part search, whose square is evaluated")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     options = parser.parse_args()

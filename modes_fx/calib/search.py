@@ -107,6 +107,7 @@ def search(
         "gammas": list(gammas),
         "gammas_searched": list(results),
         "grid_size": grid_size,
+        "reference_bytes": objective.reference_bytes,
         "seconds": round(seconds, 3),
     }
     provenance = {
@@ -213,13 +214,16 @@ def _lower_bounds(
     targets: Sequence[float],
     chosen: Sequence[tuple[float, FrontierPoint | None]],
 ) -> list[dict[str, float | None]]:
-    """Return, for each target, the loss found and what none can be below: over all gammas, and over those that were begun."""
+    """Return, for each target, the loss found and what none can be below: over all gammas, and over those that were begun.
+
+    None stands for infinity: nothing found, or nothing on the grids that reaches the target.
+    """
     bounds: list[dict[str, float | None]] = []
     for index, (target, (_, point)) in enumerate(zip(targets, chosen, strict=True)):
         begun = max(min(result.lower_bounds[index] for result in results.values()), 0.0)  # a divergence is never negative
         whole = begun if set(results) == gammas else 0.0
-        kl = None if point is None else point.loss
-        bounds.append({"target": target, "kl": kl, "lower_bound": whole, "lower_bound_of_gammas_searched": begun})
+        row = {"kl": math.inf if point is None else point.loss, "lower_bound": whole, "lower_bound_of_gammas_searched": begun}
+        bounds.append({"target": target, **{name: value if value < math.inf else None for name, value in row.items()}})
     return bounds
 
 

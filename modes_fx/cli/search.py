@@ -146,4 +146,5 @@ def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
 
 
 def _begun(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{row['lower_bound_of_gammas_searched']:.2e} at {row['target']:g}" for row in facts["lower_bounds"])
+    bounds = ((row["lower_bound_of_gammas_searched"], row["target"]) for row in facts["lower_bounds"])
+    return ", ".join(f"{bound:.2e} at {target:g}" for bound, target in bounds if bound is not None)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 import modes_fx
@@ -105,6 +106,16 @@ def test_the_unskipped_answers_keep_the_models_dtype_and_say_their_size(batches:
             objective = Objective(model, batches[:1])
             assert objective.reference_bytes == 6 * tiny.VOCABULARY * size
             assert objective.evaluate(torch.zeros(2, 2)).kl == 0.0
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_model_that_accelerate_spreads_is_measured_like_a_whole_one(batches: list[Batch]) -> None:
+    bounds = torch.tensor([[0.3, 0.4], [0.5, 0.2]])
+    spread = tiny.make()
+    for module in (spread, *spread.model.language_model.layers):  # as `device_map` does, here with one device
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    with optimized(tiny.make()) as whole, optimized(spread):
+        assert Objective(spread, batches).evaluate(bounds) == Objective(whole, batches).evaluate(bounds)
 
 
 def test_divergence_is_the_kl_of_the_rows() -> None:
