@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
@@ -60,6 +61,7 @@ def optimize(
     plan: SkipPlan | str | os.PathLike[str] | None = None,
     *,
     target: float | None = None,
+    decode_target: float | None = None,
     region: Region = "moe",
     dispatch: Dispatch = "auto",
     mode: str | None = None,
@@ -74,7 +76,9 @@ def optimize(
     Args:
         model: A Hugging Face model whose experts use transformers' dispatch (64 families do).
         plan: A plan, or the path of one. None keeps every expert.
-        target: Target skip ratio, one of ``plan.targets``; None takes the largest.
+        target: Target skip ratio, one of ``plan.targets`` or any in ``plan.target_range``, see ``SkipPlan.point``; None takes
+            the largest of ``plan.targets``.
+        decode_target: The same for decode steps alone; None takes that of ``target``.
         region: What is compiled in place: ``"moe"`` each MoE block, ``"layer"`` each decoder layer, ``"model"`` each stack of
             decoder layers.
         dispatch: ``"compact"`` gathers the kept pairs (data-dependent length), ``"static"`` keeps shapes fixed; ``"auto"`` is
@@ -101,7 +105,7 @@ def optimize(
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))
-    plan, bounds = _resolve(model, plan, target, len(layers))
+    plan, bounds = _resolve(model, plan, target, decode_target, len(layers))
     _check_compiler()
     if getattr(model, _ATTRIBUTE, None) is not None:
         restore(model)
@@ -133,13 +137,21 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
-def set_plan(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None, target: float | None = None) -> nn.Module:
+def set_plan(
+    model: nn.Module,
+    plan: SkipPlan | str | os.PathLike[str] | None,
+    target: float | None = None,
+    *,
+    decode_target: float | None = None,
+) -> nn.Module:
     """Put other thresholds in force, without any recompilation.
 
     Args:
         model: An optimised model.
         plan: A plan with the keep-rule that the model was optimised with, or the path of one; None keeps every expert.
-        target: Target skip ratio, one of ``plan.targets``; None takes the largest.
+        target: Target skip ratio, one of ``plan.targets`` or any in ``plan.target_range``, see ``SkipPlan.point``; None takes
+            the largest of ``plan.targets``.
+        decode_target: The same for decode steps alone; None takes that of ``target``.
 
     Returns:
         The same model.
@@ -149,7 +161,7 @@ def set_plan(model: nn.Module, plan: SkipPlan | str | os.PathLike[str] | None, t
         PlanError: The plan is unreadable, for another model or another rule, or lacks the target. The old one stays in force.
     """
     state = optimized_state(model)
-    plan, bounds = _resolve(model, plan, target, len(state.layers))
+    plan, bounds = _resolve(model, plan, target, decode_target, len(state.layers))
     if plan is not None and plan.rule != state.rule:
         raise PlanError(
             f"The model was optimised with the keep-rule {state.rule!r}, the plan has {plan.rule!r}. "
@@ -252,18 +264,26 @@ def _check_compiler() -> None:
 
 
 def _resolve(
-    model: Any, plan: SkipPlan | str | os.PathLike[str] | None, target: float | None, num_layers: int
+    model: Any,
+    plan: SkipPlan | str | os.PathLike[str] | None,
+    target: float | None,
+    decode_target: float | None,
+    num_layers: int,
 ) -> tuple[SkipPlan | None, Tensor | None]:
     if plan is None:
-        if target is not None:
-            raise PlanError(f"A target ({target!r}) needs a plan that knows it.")
+        for name, value in (("target", target), ("decode_target", decode_target)):
+            if value is not None:
+                raise PlanError(f"A {name} ({value!r}) needs a plan that knows it.")
         return None, None
     if not isinstance(plan, SkipPlan):
         plan = SkipPlan.load(plan)
     config = getattr(model, "config", None)
     if config is not None:
         plan.check_model(config)
-    return plan, plan.bounds(num_layers, target)
+    bounds = plan.bounds(num_layers, target)
+    if decode_target is not None:
+        bounds = torch.stack([bounds, plan.bounds(num_layers, decode_target)])
+    return plan, bounds
 
 
 def _name_implementation(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:

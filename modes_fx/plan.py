@@ -1,4 +1,4 @@
-"""The skip plan: layer importance, thresholds for each target, and where they came from; a JSON file."""
+"""The skip plan: layer importance, thresholds for each skip ratio, and where they came from; a JSON file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from modes_fx.files import write_atomically
 from modes_fx.modality import vision_token_ids
 from modes_fx.policy import RULES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 # What a config says of a run or a file rather than of the architecture: two dtypes of one model share their plans.
 _VOLATILE_KEYS = {
@@ -33,7 +34,7 @@ class PlanPoint:
     """Thresholds for one target, and what they did to the data they were chosen on.
 
     Attributes:
-        target: Skip ratio asked for, in [0, 1]; None for thresholds given by hand.
+        target: Skip ratio searched for, in [0, 1]; None for thresholds given by hand, and on the frontier.
         tau_text: Threshold of text tokens on ``alpha**gamma * weight``, >= 0.
         tau_vision: The same for visual tokens.
         gamma: Exponent of the layer importance; 1 is MoDES as published, 0 leaves it out.
@@ -65,12 +66,14 @@ class SkipPlan:
     the weight as the model dispatches it (MoDES, arXiv 2511.15690; gamma tempers its layer importance).
 
     Attributes:
-        points: One for each target that could be met, ascending.
+        points: One for each target that was searched for and met, ascending.
         alpha: Importance of each MoE layer for (text, vision) tokens, each column summing to 1; None leaves it out.
         layers: Paths of the experts modules that the rows of ``alpha`` belong to.
         model: What ``describe_model`` says of the model it was made for; empty fits any.
-        provenance: How it was made: data hash, versions, seed, command.
+        provenance: How it was made, such as ``data_hash``, ``versions``, ``search`` and, where known, ``seed`` and ``command``.
         rule: Name of the keep-rule in ``modes_fx.policy.RULES``.
+        frontier: All points measured on the calibration data that no other beats in both skip ratio and loss, ascending in
+            both: the target of each is its ``realised["calibration"]``, its loss ``kl["calibration"]``.
     """
 
     points: tuple[PlanPoint, ...]
@@ -79,6 +82,7 @@ class SkipPlan:
     model: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rule: str = "threshold"
+    frontier: tuple[PlanPoint, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.points:
@@ -90,6 +94,12 @@ class SkipPlan:
         for row in self.alpha or ():
             if len(row) != 2 or any(not math.isfinite(value) or value < 0 for value in row):
                 raise PlanError(f"alpha holds a (text, vision) pair of finite numbers >= 0 for each layer, got {row!r}.")
+        missing = math.nan
+        measured = [(p.realised.get("calibration", missing), p.kl.get("calibration", missing)) for p in self.frontier]
+        if any(math.isnan(value) for pair in measured for value in pair):
+            raise PlanError("Each point of a frontier needs its skip ratio and its KL divergence on the calibration data.")
+        if any(not low < high for pair in pairwise(measured) for low, high in zip(*pair, strict=True)):
+            raise PlanError("A frontier ascends strictly in skip ratio and in KL divergence: else a point of it is beaten.")
 
     @classmethod
     def uniform(cls, *, text: float, vision: float) -> SkipPlan:
@@ -105,11 +115,23 @@ class SkipPlan:
 
     @property
     def targets(self) -> tuple[float, ...]:
-        """The target skip ratios that ``point`` knows, ascending."""
+        """The target skip ratios that were searched for and met, ascending."""
         return tuple(sorted(point.target for point in self.points if point.target is not None))
 
+    @property
+    def target_range(self) -> tuple[float, float] | None:
+        """The smallest and the largest skip ratio of the frontier; None without one."""
+        return (_ratio(self.frontier[0]), _ratio(self.frontier[-1])) if self.frontier else None
+
     def point(self, target: float | None = None) -> PlanPoint:
-        """Return the point of a target; without one, that of the largest target.
+        """Return the thresholds to use for a target.
+
+        A target that was searched for is that very point. Any other skip ratio in ``target_range`` is the point of least loss
+        on the frontier that realised at least as much on the calibration data, which may be more by the step to the next point
+        measured. Thresholds in between are not made up: nobody measured what they skip.
+
+        Args:
+            target: Skip ratio in [0, 1]; None is the largest of ``targets``.
 
         Raises:
             PlanError: The plan has no such target.
@@ -119,8 +141,11 @@ class SkipPlan:
         for point in self.points:
             if point.target is not None and math.isclose(point.target, target, abs_tol=1e-9):
                 return point
+        if self.frontier and _ratio(self.frontier[0]) <= target <= _ratio(self.frontier[-1]):
+            return next(point for point in self.frontier if _ratio(point) >= target)
         known = ", ".join(f"{value:g}" for value in self.targets) or "none (its thresholds were given by hand)"
-        raise PlanError(f"The plan has no target {target!r}; its targets: {known}.")
+        between = " and any from {:.4g} to {:.4g}".format(*self.target_range) if self.target_range else ""
+        raise PlanError(f"The plan has no target {target!r}; its targets: {known}{between}.")
 
     def bounds(self, num_layers: int, target: float | None = None) -> Tensor:
         """Return the bounds on the dispatched weights.
@@ -144,6 +169,14 @@ class SkipPlan:
             [[_bound(tau, alpha, point.gamma) for tau, alpha in zip(taus, row, strict=True)] for row in rows],
             dtype=torch.float32,
         )
+
+    def with_provenance(self, **said: Any) -> SkipPlan:
+        """Return the plan with more said of how it was made.
+
+        Args:
+            said: JSON values, such as ``seed=0`` and ``command=sys.argv``.
+        """
+        return replace(self, provenance={**self.provenance, **said})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON; an interrupted write leaves an older file as it was."""
@@ -172,10 +205,13 @@ class SkipPlan:
                 f"{path} has schema version {version}, this modes-fx reads up to {SCHEMA_VERSION}. Upgrade modes-fx."
             )
         try:
-            points = tuple(PlanPoint(**_numbers(point)) for point in content["points"])
+            if version == 1:
+                content["frontier"] = []
+            points, frontier = _points(content["points"]), _points(content["frontier"])
             alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
-            rest = {item.name: content[item.name] for item in fields(cls) if item.name not in ("points", "alpha", "layers")}
-            return cls(points=points, alpha=alpha or None, layers=tuple(content["layers"]), **rest)
+            given = ("points", "alpha", "layers", "frontier")
+            rest = {item.name: content[item.name] for item in fields(cls) if item.name not in given}
+            return cls(points=points, alpha=alpha or None, layers=tuple(content["layers"]), frontier=frontier, **rest)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -237,5 +273,13 @@ def _finite(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
+def _points(content: Sequence[Mapping[str, Any]]) -> tuple[PlanPoint, ...]:
+    return tuple(PlanPoint(**_numbers(point)) for point in content)
+
+
 def _numbers(point: Mapping[str, Any]) -> dict[str, Any]:
     return {key: math.inf if value == "inf" else value for key, value in point.items()}
+
+
+def _ratio(point: PlanPoint) -> float:
+    return point.realised["calibration"]

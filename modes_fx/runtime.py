@@ -16,7 +16,7 @@ from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Binding, Rewritten
 from modes_fx.policy import Rule
 from modes_fx.regions import MoeLayer, running_region
-from modes_fx.report import SkipStats
+from modes_fx.report import PHASES, SkipStats
 
 
 class ModelRuntime:
@@ -38,9 +38,10 @@ class ModelRuntime:
         self.graphs = 0
         self.keeps_all = True
         with torch.inference_mode(False):
-            self._bounds = torch.full((len(layers), self.num_classes), rule.keep_all)
-            self._bounds[:, PADDING] = rule.skip_all
-        self._on_device: dict[tuple[int, torch.device], Tensor] = {}
+            self._bounds = torch.full((len(PHASES), len(layers), self.num_classes), rule.keep_all)
+            self._bounds[..., PADDING] = rule.skip_all
+        self._given: Tensor | None = None
+        self._on_device: dict[tuple[int, int, torch.device], Tensor] = {}
         # By the ids of weight and region; weak, since offloading makes new tensors.
         self._layer_of: dict[tuple[int, int], tuple[weakref.ref[Tensor], int]] = {}
 
@@ -51,15 +52,21 @@ class ModelRuntime:
 
     @property
     def bounds_in_force(self) -> Tensor | None:
-        """float32 [L, 2], for (text, vision); None while all pairs are kept."""
-        return None if self.keeps_all else self._bounds[:, :PADDING].clone()
+        """What ``set_bounds`` was given last."""
+        return None if self._given is None else self._given.clone()
 
     def set_bounds(self, bounds: Tensor | None) -> None:
-        """Put new bounds in force: float32 [L, 2] for (text, vision), or None to keep all pairs. Compiles nothing."""
-        self._bounds[:, :PADDING] = self.rule.keep_all if bounds is None else bounds
+        """Put new bounds in force; compiles nothing.
+
+        Args:
+            bounds: float32 [L, 2] for (text, vision), or [2, L, 2] where (prefill, decode) have bounds of their own. None keeps
+                all pairs.
+        """
+        self._bounds[..., :PADDING] = self.rule.keep_all if bounds is None else bounds
+        self._given = None if bounds is None else bounds.clone()
         self.keeps_all = bounds is None
-        for (layer, _), row in self._on_device.items():
-            row.copy_(self._bounds[layer])
+        for (phase, layer, _), row in self._on_device.items():
+            row.copy_(self._bounds[phase, layer])
 
     def compiled(self, rewritten: Rewritten) -> None:
         """Take note of a graph that was compiled."""
@@ -74,10 +81,12 @@ class ModelRuntime:
         layer = known[1] if known is not None and known[0]() is weights[0] else self._find(weights, binding, region)
         self.sites[layer] = binding.record
         device = weights[0].device
-        row = self._on_device.get((layer, device))
+        running = modality.running()
+        key = PHASES.index(running.phase) if running is not None else 0, layer, device
+        row = self._on_device.get(key)
         if row is None:
             with torch.inference_mode(False):
-                row = self._on_device[layer, device] = self._bounds[layer].clone().to(device)
+                row = self._on_device[key] = self._bounds[key[:2]].clone().to(device)
         return layer, self._token_classes(binding.token_count(inputs), device), row
 
     def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:

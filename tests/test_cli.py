@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import modes_fx
 from modes_fx import cli
+from modes_fx.cli import demo
 from modes_fx.demo import CHECKPOINT
 from tests import tiny
 from tests.demo.test_report import REPORT
@@ -52,7 +53,7 @@ def test_a_checkpoint_that_cannot_be_read_ends_with_its_name_and_writes_nothing(
 def test_the_table_tells_what_the_report_holds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     facts = copy.deepcopy(REPORT)
     facts["speed"]["prefill_ms"]["modes-fx at 0.5"] = facts["speed"]["decode_ms_per_token"]["modes-fx at 0.5"] = 20.0
-    cli.demo._print_demo(facts, tmp_path)
+    demo._print_demo(facts, tmp_path)
     shown = capsys.readouterr().out
     assert f"{facts['targets'][-1]['realised']['test']:.1%}" in shown
     assert f"{facts['dense']['accuracy']:.1%}" in shown

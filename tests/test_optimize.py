@@ -4,16 +4,17 @@ import contextlib
 import copy
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import UserError
 from torch._dynamo.utils import counters
 
 import modes_fx
-from modes_fx.errors import NotOptimizedError, PlanError
+from modes_fx.errors import ModelError, NotOptimizedError, PlanError
+from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model
 from tests import oracle, tiny
 from tests.harness import logits, model_state, plan_of, relative_error
@@ -92,37 +93,73 @@ def test_infinite_thresholds_skip_all_experts(vlm: nn.Module, inputs: dict[str, 
     assert stats.skip_ratio() == 1.0
 
 
-def test_stats_equal_the_oracles_over_prefill_and_decoding(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+def generate_by_hand(forward: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Run a prefill and two decode steps of fixed tokens; ``forward(classes, phase, **arguments)``."""
+    out = forward(tiny.classes(inputs), 0, **inputs)
+    results, mask = [out.logits[:, -1]], inputs["attention_mask"]
+    for step, ids in enumerate([torch.tensor([[5], [6], [7]]), torch.tensor([[8], [9], [10]])]):
+        mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
+        position_ids, cache = torch.full((3, 3, 1), 18 + step), out.past_key_values
+        classes = torch.zeros_like(ids)
+        out = forward(classes, 1, input_ids=ids, past_key_values=cache, attention_mask=mask, position_ids=position_ids)
+        results.append(out.logits[:, -1])
+    return results
+
+
+@pytest.mark.parametrize("decode_tau", [1.0, 2.0], ids=["one target", "another target for decoding"])
+def test_stats_equal_the_oracles_over_prefill_and_decoding(
+    vlm: nn.Module, inputs: dict[str, Tensor], decode_tau: float
+) -> None:
     bounds = rotating_bounds(vlm, inputs, seed=4)
-    wanted, classes = oracle.Oracle(vlm, bounds), tiny.classes(inputs)
-    steps = [torch.tensor([[5], [6], [7]]), torch.tensor([[8], [9], [10]])]
+    wanted = oracle.Oracle(vlm, bounds)
 
-    def run(forward: Any) -> list[Tensor]:
-        out = forward(classes, 0, **inputs)
-        results, mask = [out.logits[:, -1]], inputs["attention_mask"]
-        for step, ids in enumerate(steps):
-            mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], dim=1)
-            position_ids = torch.full((3, 3, 1), 18 + step)
-            cache = out.past_key_values
-            out = forward(
-                torch.zeros_like(ids), 1, input_ids=ids, past_key_values=cache, attention_mask=mask, position_ids=position_ids
-            )
-            results.append(out.logits[:, -1])
-        return results
+    def expected_forward(classes: Tensor, phase: int, **arguments: Any) -> Any:
+        wanted.bounds = bounds * decode_tau if phase else bounds
+        return wanted(classes, phase, **arguments)
 
-    def optimized(_: Tensor, __: int, **arguments: Any) -> Any:
+    def optimized(classes: Tensor, phase: int, **arguments: Any) -> Any:
         with torch.no_grad():
             return vlm(**arguments)
 
-    expected = run(wanted)
-    modes_fx.optimize(vlm, plan_of(bounds))
+    expected = generate_by_hand(expected_forward, inputs)
+    points = (PlanPoint(0.3, decode_tau, decode_tau), PlanPoint(0.6, 1.0, 1.0))
+    modes_fx.optimize(vlm, replace(plan_of(bounds), points=points), decode_target=0.3)
     with modes_fx.stats(vlm) as stats:
-        actual = run(optimized)
+        actual = generate_by_hand(optimized, inputs)
     for mine, theirs in zip(actual, expected, strict=True):
         assert relative_error(mine, theirs, torch.ones(3, dtype=torch.bool)) <= 2e-5
     assert stats.pairs_routed.equal(wanted.routed)
     assert stats.pairs_kept.equal(wanted.kept)
     assert int(wanted.kept[:, :, 1].sum()) < int(wanted.routed[:, :, 1].sum())
+
+
+def test_either_target_changes_without_recompilation_and_for_its_phase_alone(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+    plan = SkipPlan((PlanPoint(0.0, 0.0, 0.0), PlanPoint(1.0, float("inf"), float("inf"))))
+    modes_fx.optimize(vlm, plan)
+
+    def ratios() -> tuple[float, float]:
+        with modes_fx.stats(vlm).reset() as stats:
+            vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
+        return stats.skip_ratio(phase="prefill"), stats.skip_ratio(phase="decode")
+
+    assert ratios() == (1.0, 1.0)
+    graphs = modes_fx.report(vlm).graphs
+    for target in (0.0, 1.0):
+        for decode_target in (0.0, 1.0):
+            modes_fx.set_plan(vlm, plan, target, decode_target=decode_target)
+            assert ratios() == (target, decode_target)
+    modes_fx.set_plan(vlm, plan, 0.0)
+    assert ratios() == (0.0, 0.0)
+    assert modes_fx.report(vlm).graphs == graphs
+
+
+def test_a_refused_decode_target_leaves_the_old_plan_in_force(vlm: nn.Module) -> None:
+    modes_fx.optimize(vlm, PLAN)
+    with pytest.raises(PlanError, match=r"no target 0\.5"):
+        modes_fx.set_plan(vlm, SkipPlan((PlanPoint(0.3, 0.1, 0.1),)), 0.3, decode_target=0.5)
+    with pytest.raises(PlanError, match="decode_target"):
+        modes_fx.set_plan(vlm, None, decode_target=0.5)
+    assert optimized_state(vlm).runtime.bounds_in_force.equal(PLAN.bounds(2))
 
 
 def test_statistics_are_off_until_asked_for_and_can_be_reset(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -298,36 +335,31 @@ def test_a_dispatch_that_is_switched_afterwards_is_rewritten_too(vlm: nn.Module,
     assert modes_fx.report(vlm).graphs == 2
 
 
-def test_generate_that_switches_the_dispatch_for_decoding_compiles_a_few_graphs(
+def test_generate_leaves_the_dispatch_of_optimised_experts_alone(
     vlm: nn.Module, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Off the CPU, generate decodes with batched_mm where a config names grouped_mm: the parent's, here, but not the experts'."""
     stock = vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
-    seen: list[str] = []
+    seen: list[dict[str, str]] = []
 
     @contextlib.contextmanager
     def switch(model: nn.Module) -> Iterator[None]:  # as transformers does it where the model's device is not the CPU
-        model.set_experts_implementation("batched_mm")
-        seen.append("batched_mm")
+        before = model.get_experts_implementation()
+        seen.append({key: "batched_mm" if name == "grouped_mm" else name for key, name in before.items()})
+        model.set_experts_implementation(seen[-1])
         yield
-        model.set_experts_implementation("grouped_mm")
+        model.set_experts_implementation(before)
 
     monkeypatch.setattr(type(vlm), "_optimize_model_for_decode", switch)
     modes_fx.optimize(vlm)
     assert vlm.generate(**inputs, max_new_tokens=4, do_sample=False).equal(stock)
-    assert seen
-    assert [site.form for site in modes_fx.report(vlm).sites] == ["batched_mm"] * 2
-    graphs = modes_fx.report(vlm).graphs
-    assert graphs == 2  # prefill and decoding
-    modes_fx.set_plan(vlm, PLAN)
-    with modes_fx.stats(vlm) as stats:
-        for _ in range(3):
-            vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert modes_fx.report(vlm).graphs == graphs
-    assert 0 < stats.skip_ratio(phase="decode") < 1
+    assert seen[0] == {"": "batched_mm", "vision_config": "batched_mm", "text_config": "modes_fx"}
+    assert [site.form for site in modes_fx.report(vlm).sites] == ["grouped_mm"] * 2
+    assert modes_fx.report(vlm).graphs == 2  # prefill and decoding
 
 
 def test_a_dispatch_that_cannot_be_traced_is_an_error_and_no_stock_run(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
     modes_fx.optimize(vlm, SkipPlan.uniform(text=0.2, vision=0.3))
     vlm.set_experts_implementation("eager")
-    with pytest.raises(UserError, match="data-dependent"):
+    with pytest.raises(ModelError, match="data-dependent"):
         logits(vlm, inputs)

@@ -22,6 +22,10 @@ POINTS = (
     PlanPoint(0.5, 0.01, 0.02, 0.5, {"calibration": 0.51, "text": 0.4}, {"calibration": 0.1, "held_out": 0.2}),
     PlanPoint(0.875, 0.1, INF, 1.0),
 )
+FRONTIER = tuple(
+    PlanPoint(None, 0.01 * step, 0.02 * step, 0.5, {"calibration": ratio}, {"calibration": kl})
+    for step, (ratio, kl) in enumerate([(0.25, 1e-6), (0.52, 1e-3), (0.7, 0.2), (0.9, 0.5)])
+)
 NUMBER = st.one_of(st.floats(0, 1e6, width=32), st.just(INF))
 
 
@@ -34,6 +38,7 @@ def plan() -> SkipPlan:
         layers=("a.experts", "b.experts", "c.experts"),
         model=describe_model(config),
         provenance={"seed": 3, "versions": {"torch": "2"}},
+        frontier=FRONTIER,
     )
 
 
@@ -89,9 +94,60 @@ def test_targets_ascend_and_the_largest_is_the_default(plan: SkipPlan) -> None:
     assert plan.point(0.25 + 0.25) == POINTS[0]
 
 
+@pytest.mark.parametrize(("target", "index"), [(0.25, 0), (0.2501, 1), (0.499, 1), (0.52, 1), (0.6, 2), (0.87, 3), (0.9, 3)])
+def test_any_ratio_of_the_frontier_is_its_cheapest_point_that_reaches_it(plan: SkipPlan, target: float, index: int) -> None:
+    assert plan.point(target) is FRONTIER[index]
+    assert plan.bounds(3, target).equal(SkipPlan((FRONTIER[index],), ALPHA).bounds(3))
+
+
+def test_a_target_that_was_searched_for_is_that_point_and_none_of_the_frontier(plan: SkipPlan) -> None:
+    assert plan.target_range == (0.25, 0.9)
+    assert [plan.point(target) for target in plan.targets] == list(POINTS)
+    assert plan.point() is POINTS[1]
+
+
+@pytest.mark.parametrize("target", [0.2499, 0.9001, 1, math.nan])
+def test_a_ratio_outside_of_the_frontier_is_refused_with_what_is_inside(plan: SkipPlan, target: float) -> None:
+    with pytest.raises(PlanError, match=r"0\.5, 0\.875 and any from 0\.25 to 0\.9\."):
+        plan.point(target)
+
+
+@pytest.mark.parametrize(
+    "frontier",
+    [(POINTS[1],), (FRONTIER[1], FRONTIER[0]), (FRONTIER[0], FRONTIER[0])],
+    ids=["not measured", "descending", "twice"],
+)
+def test_a_frontier_that_is_none_is_refused(plan: SkipPlan, frontier: tuple[PlanPoint, ...]) -> None:
+    with pytest.raises(PlanError, match="frontier"):
+        dataclasses.replace(plan, frontier=frontier)
+
+
+def test_a_file_of_the_first_schema_has_no_frontier(plan: SkipPlan, path: Path) -> None:
+    content = {**json.loads(path.read_text()), "schema_version": 1}
+    del content["frontier"]
+    path.write_text(json.dumps(content))
+    first = SkipPlan.load(path)
+    assert first == dataclasses.replace(plan, frontier=())
+    assert first.target_range is None
+
+
+def test_a_file_of_the_second_schema_without_a_frontier_is_not_whole(path: Path) -> None:
+    content = json.loads(path.read_text())
+    del content["frontier"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="not a whole skip plan"):
+        SkipPlan.load(path)
+
+
+def test_more_may_be_said_of_how_a_plan_was_made(plan: SkipPlan) -> None:
+    said = plan.with_provenance(seed=4, command=["modes-fx", "search"])
+    assert said.provenance == {"seed": 4, "versions": {"torch": "2"}, "command": ["modes-fx", "search"]}
+    assert dataclasses.replace(said, provenance=plan.provenance) == plan
+
+
 def test_an_unknown_target_is_refused_with_the_known_ones(plan: SkipPlan) -> None:
-    with pytest.raises(PlanError, match=r"0\.6.*0\.5, 0\.875"):
-        plan.point(0.6)
+    with pytest.raises(PlanError, match=r"0\.6.*0\.5, 0\.875\.$"):
+        dataclasses.replace(plan, frontier=()).point(0.6)
     with pytest.raises(PlanError, match="by hand"):
         SkipPlan.uniform(text=0.1, vision=0.1).point(0.5)
 
@@ -200,6 +256,8 @@ def test_a_newer_schema_is_refused_with_what_to_do(path: Path) -> None:
         {"points": 3},
         {"points": []},
         {"points": [None]},
+        {"frontier": [{"target": None, "tau_text": 0.1, "tau_vision": 0.1}]},
+        {"frontier": 3},
         {"alpha": [[0.1, "x"]]},
         {"alpha": 3},
         {"rule": "magic"},

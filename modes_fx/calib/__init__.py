@@ -3,7 +3,9 @@
 from modes_fx.calib.frontier import FrontierPoint, FrontierResult, Violation, frontier_search
 from modes_fx.calib.importance import Importance, layer_importance
 from modes_fx.calib.objective import Evaluation, Objective
-from modes_fx.calib.search import Trial, search
+from modes_fx.calib.reference import import_reference
+from modes_fx.calib.search import search
+from modes_fx.calib.trials import Trial, pareto
 
 __all__ = [
     "Evaluation",
@@ -14,6 +16,8 @@ __all__ = [
     "Trial",
     "Violation",
     "frontier_search",
+    "import_reference",
     "layer_importance",
+    "pareto",
     "search",
 ]

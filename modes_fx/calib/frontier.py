@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from modes_fx.calib.frontier_engine import Cell, Search, ThresholdFunction
+from modes_fx.calib.frontier_engine import Cell, OnEvaluation, Search, ThresholdFunction
 from modes_fx.errors import CalibrationError
 
 _TOLERANCE = 1e-9  # relative; below it a decrease is rounding, not a violation
@@ -70,14 +70,21 @@ class FrontierResult:
             monotone g that means that none on the grid does.
         f_evaluations: Calls of f made.
         g_evaluations: Calls of g made.
+        lower_bounds: For each target what no point of the grid that reaches it can cost less than, in nats, by the evaluations
+            made; -inf while they say nothing. The point's own loss where the search is complete (with ``better_than``, the
+            smaller of the two), infinite where nothing reaches the target. It rests on f and g being monotone.
+        complete: Whether the search went on to the end; False where ``should_stop`` ended it.
         evaluations: Grid points at which f or g was called: the forward passes, where one pass gives both.
         exhaustive: Points on the grid.
         violations: Decreases seen, at most one (the largest) for each function and upper point. Empty means that the
             evaluated points are consistent with monotone f and g. Where it is not, each point still meets its target
-            by its own evaluation and is the best of the evaluated points, but a better one may have been missed.
+            by its own evaluation and is the best of the evaluated points, but a better one may have been missed. Where all that
+            is wrong is noise, of at most e in f and d in g, no point that reaches the target + 2d is better by more than 2e.
     """
 
     points: tuple[FrontierPoint | None, ...]
+    lower_bounds: tuple[float, ...]
+    complete: bool
     f_evaluations: int
     g_evaluations: int
     evaluations: int
@@ -94,7 +101,8 @@ def frontier_search(
     *,
     g_guess: ThresholdFunction | None = None,
     better_than: Sequence[float] | None = None,
-    on_evaluation: Callable[[int, float, float], None] | None = None,
+    on_evaluation: OnEvaluation | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> FrontierResult:
     """Find, for each target skip ratio, the thresholds with the smallest loss among those that reach it.
 
@@ -111,7 +119,10 @@ def frontier_search(
             evaluations, a bad one costs some (within the bound), and neither changes the loss found.
         better_than: For each target a loss in nats that is already at hand (inf where none is); what cannot be lower is not
             looked at. A target's point is then None, or no better than this, where nothing lower exists.
-        on_evaluation: Called as ``on_evaluation(done, tau_text, tau_vision)`` after each new grid point.
+        on_evaluation: Called as ``on_evaluation(done, left, tau_text, tau_vision)`` after each new grid point; walking along
+            what is still open would take ``left`` more at most.
+        should_stop: Asked before each new grid point; True ends the search with what it has found, after
+            one more for each target at most, for the sake of ``lower_bounds``.
 
     Returns:
         The points, what they cost, and the violations of monotonicity seen on the way.
@@ -127,16 +138,18 @@ def frontier_search(
     at_hand: dict[float, float] = {}
     for target, loss in zip(targets, better_than or [math.inf] * len(targets), strict=True):
         at_hand[target] = max(loss, at_hand.get(target, -math.inf))  # of a repeated target, the loss easier to beat
-    search = Search(f, g, taus_text, taus_vision, at_hand, g_guess, on_evaluation)
+    search = Search(f, g, taus_text, taus_vision, at_hand, g_guess, on_evaluation, should_stop)
     search.run()
     violations = (*_violations("g", search.ratios), *_violations("f", search.losses))
-    if violations:
-        # Dominance no longer tells the better of two feasible points, and the passes are paid for: compare them all.
+    if violations or not search.complete:
+        # Dominance does not (or not yet) tell the better of two feasible points, and the passes are paid for: compare them all.
         for q, p in search.ratios:
             search.ask_loss(q, p)
         violations = (*_violations("g", search.ratios), *_violations("f", search.losses))
     return FrontierResult(
         points=tuple(_best_point(search, target) for target in targets),
+        lower_bounds=tuple(search.lower_bound(target) for target in targets),
+        complete=search.complete,
         f_evaluations=len(search.losses),
         g_evaluations=len(search.ratios),
         evaluations=len(search.ratios),

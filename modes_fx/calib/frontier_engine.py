@@ -24,7 +24,12 @@ _LEARNING = range(3, 5)  # evaluations from the other corner, before the model i
 _PROBES = 10  # columns of each gap at which the modelled optimum is looked for
 
 ThresholdFunction = Callable[[float, float], float]
+OnEvaluation = Callable[[int, int, float, float], None]
 Cell = tuple[int, int]
+
+
+class _StoppedError(Exception):
+    """Ends a search before its next evaluation."""
 
 
 class Search:
@@ -33,6 +38,7 @@ class Search:
     Attributes:
         ratios: g by cell, for every evaluated cell.
         losses: f by cell, for those of them at which f was asked too.
+        complete: Whether ``run`` went on until no cell was open.
     """
 
     def __init__(
@@ -43,12 +49,14 @@ class Search:
         taus_vision: Sequence[float],
         losses_to_beat: Mapping[float, float],
         g_guess: ThresholdFunction | None,
-        on_evaluation: Callable[[int, float, float], None] | None,
+        on_evaluation: OnEvaluation | None,
+        should_stop: Callable[[], bool] | None,
     ) -> None:
         """Start with nothing evaluated; the arguments are ``frontier_search``'s, checked, with a loss to beat a target."""
         self._f, self._g = f, g
         self.taus_text, self.taus_vision = taus_text, taus_vision
-        self._on_evaluation = on_evaluation
+        self._on_evaluation, self._should_stop = on_evaluation, should_stop
+        self.complete = True
         self.columns, self.rows = len(taus_text), len(taus_vision)
         # Highest first: its frontier is the shortest, and what it settles spares the lower ones their first steps.
         self._targets = sorted(losses_to_beat, reverse=True)
@@ -60,7 +68,44 @@ class Search:
         self._f_model = LocalModel()
 
     def run(self) -> None:
-        """Evaluate until no cell is open for any target."""
+        """Evaluate until no cell is open for any target, or until told to stop."""
+        try:
+            self._settle_all()
+        except _StoppedError:
+            self.complete, self._should_stop = False, None
+            for target in self._targets:
+                self._tighten(target)
+
+    def lower_bound(self, target: float) -> float:
+        """Return what the loss of no cell can be below that reaches the target, if f and g are monotone.
+
+        An open cell costs at least what was seen below and to the left of it; -inf where nothing was. A closed one costs at
+        least the best loss at hand, which is all that remains once nothing is open.
+        """
+        return min([self._best[target], *(bound for bound, _ in self._column_bounds(target))])
+
+    def _column_bounds(self, target: float) -> Iterator[tuple[float, int]]:
+        """Yield, for each open column, the highest loss seen below and to the left of its lowest open cell."""
+        region = self._regions[target]
+        highest = [-math.inf] * self.rows  # by row, of the losses seen in this row and column or before
+        for q in range(self.columns):
+            for p in range(self.rows):
+                before = highest[p - 1] if p else -math.inf
+                highest[p] = max(highest[p], before, self.losses.get((q, p), -math.inf))
+            if region.low[q] < region.high[q]:
+                yield highest[region.low[q]], q
+
+    def _tighten(self, target: float) -> None:
+        """Evaluate the lower left corner of the columns with the lowest bound: whatever g is there, f bounds them all."""
+        bounds = list(self._column_bounds(target))
+        weakest = min((bound for bound, _ in bounds), default=math.inf)
+        if weakest < self._best[target]:
+            columns = [q for bound, q in bounds if bound == weakest]
+            cell = columns[0], self._regions[target].low[columns[-1]]
+            self._evaluate(*cell)
+            self.ask_loss(*cell)
+
+    def _settle_all(self) -> None:
         # The two corners where a walk may start: never wasted, and they show the model both axes.
         for q, p in ((0, self.rows - 1), (self.columns - 1, 0)):
             if any(region.is_open(q, p) for region in self._regions.values()):
@@ -91,6 +136,8 @@ class Search:
         """Evaluate g at a cell, and f too where its allowance permits."""
         new = (q, p) not in self.ratios
         if new:
+            if self._should_stop and self._should_stop():
+                raise _StoppedError
             ratio = self.ratios[q, p] = self._call("g", self._g, q, p)
             self._g_model.add(q, p, ratio)
             for target, region in self._regions.items():
@@ -98,7 +145,8 @@ class Search:
         if self._spare_losses() >= 1:
             self.ask_loss(q, p)
         if new and self._on_evaluation:
-            self._on_evaluation(len(self.ratios), self.taus_text[q], self.taus_vision[p])
+            left = sum(region.walk_bound() for region in self._regions.values())
+            self._on_evaluation(len(self.ratios), left, self.taus_text[q], self.taus_vision[p])
 
     def _call(self, name: str, function: ThresholdFunction, q: int, p: int) -> float:
         value = float(function(self.taus_text[q], self.taus_vision[p]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modes_fx.calib import processes
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.optimize import optimize, optimized_state, restore
 from modes_fx.runtime import ModelRuntime
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 Batch = Mapping[str, Any]
@@ -39,89 +43,128 @@ class Evaluation:
     accuracy: float
 
 
+class Answers:
+    """A model's logits at the answer tokens: prompt and reference answer in one forward (teacher forcing).
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._device = _input_device(model)
+
+    def __call__(self, batch: Batch, *, grad: bool = False) -> tuple[Tensor, Tensor]:
+        """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer."""
+        labels = batch["labels"]
+        inputs = {key: value for key, value in _to_device(batch, self._device).items() if key != "labels"}
+        first = int((labels != IGNORED).any(dim=0).nonzero()[0])
+        keep = labels.shape[1] - max(first - 1, 0)
+        if self._keeps_logits:
+            inputs["logits_to_keep"] = keep
+        with torch.set_grad_enabled(grad):
+            logits = self._model(**inputs, use_cache=False).logits[:, -keep:-1]
+            labels = labels[:, -keep:][:, 1:].to(logits.device)
+            at = labels != IGNORED
+            correct = ((logits.argmax(dim=-1) == labels) | ~at).all(dim=1)
+            return logits[at], correct.cpu()
+
+
+def checked(batches: Iterable[Batch]) -> list[Batch]:
+    """Return this process's batches.
+
+    Raises:
+        CalibrationError: One is unusable, here or on another process.
+    """
+    return processes.together(lambda: [_checked(batch, index) for index, batch in enumerate(batches)])
+
+
 class Objective:
     """f and g on data, for any bounds. The unskipped model's answers are computed once.
+
+    With several processes each has its own batches, possibly none; what is measured is the sum over all of them, and the same
+    on each (``processes``). Data stays where it is and visits the model batch by batch. The unskipped model's logits at the
+    answer tokens wait on the CPU, as the model gives them: ``reference_bytes`` says how much memory they take, 2 bytes x answer
+    tokens x vocabulary for a model in bfloat16.
 
     Args:
         model: An optimised model.
         batches: Keyword arguments of the model's forward, each with ``labels``: int64 [B, S], the answer's token ids and
             -100 elsewhere (prompt + reference answer in one forward: teacher forcing).
 
+    Attributes:
+        layers: Paths of the experts modules of the MoE layers.
+        num_layers: How many there are, L.
+        answer_tokens: Answer tokens measured on, over all processes.
+        accuracy: The unskipped model's; see ``Evaluation``.
+        reference_bytes: Memory of this process taken by the unskipped answers.
+
     Raises:
-        CalibrationError: No batch, or one without ``labels`` or without answer tokens.
+        CalibrationError: No batch, or one without ``labels`` or without answer tokens; on all processes.
         NotOptimizedError: The model is not optimised.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._model = model
         self._runtime = optimized_state(model).runtime
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        device = next(model.parameters()).device
-        self._batches = [_to_device(_checked(batch, index), device) for index, batch in enumerate(batches)]
-        if not self._batches:
-            raise CalibrationError("Calibration needs at least one batch.")
-        with _bounds_in_force(self._runtime, None):
-            answers = [self._answers(batch) for batch in self._batches]
-        self._reference = [log_probs for log_probs, _ in answers]
+        self._answers = Answers(model)
         self.layers = tuple(layer.name for layer in self._runtime.layers)
         self.num_layers = len(self.layers)
-        self.accuracy = self._accuracy(correct for _, correct in answers)
-        self.answer_tokens = sum(len(log_probs) for log_probs in self._reference)
+        self._batches = checked(batches)
+        self._reference: list[Tensor] = []  # logits [answer tokens, V] of each batch, on the CPU
+        samples, right = 0, 0
+        with _bounds_in_force(self._runtime, None):
+            for batch in self._batches:
+                logits, correct = self._answers(batch)
+                self._reference.append(logits.cpu())
+                samples, right = samples + len(correct), right + int(correct.sum())
+        self.reference_bytes = sum(logits.nbytes for logits in self._reference)
+        logger.info("the unskipped answers take %.1f MB on the CPU", self.reference_bytes / 1e6)
+        sums = torch.tensor([sum(len(logits) for logits in self._reference), samples, right])
+        self.answer_tokens, self._samples, right = (int(value) for value in processes.total(sums))
+        if not self._samples:
+            raise CalibrationError("Calibration needs at least one batch.")
+        self.accuracy = right / self._samples
 
     def evaluate(self, bounds: Tensor) -> Evaluation:
-        """Run all batches under bounds on the dispatched weights.
+        """Run all batches under bounds on the dispatched weights; every process calls this with the same ones.
 
         Args:
             bounds: float32 [L, 2], (text, vision); see ``SkipPlan.bounds``.
         """
         stats = self._runtime.stats
         routed, kept = stats.pairs_routed, stats.pairs_kept
-        total, correct = 0.0, []
+        kl, right = 0.0, 0
         with _bounds_in_force(self._runtime, bounds), stats.counting():
             for batch, reference in zip(self._batches, self._reference, strict=True):
-                log_probs, right = self._answers(batch)
-                total += float((reference.exp() * (reference - log_probs)).sum(dtype=torch.float64))
-                correct.append(right)
-        routed_m = (stats.pairs_routed - routed).sum(dim=(0, 2)).tolist()
-        kept_m = (stats.pairs_kept - kept).sum(dim=(0, 2)).tolist()
+                logits, correct = self._answers(batch)
+                kl += divergence(reference.to(logits.device), logits)
+                right += int(correct.sum())
+        # One sum over processes: counts below 2**53 are exact in float64.
+        counted = torch.stack([stats.pairs_routed - routed, stats.pairs_kept - kept]).sum(dim=(1, 3))
+        sums = processes.total(torch.tensor([kl, right, *counted.flatten().tolist()], dtype=torch.float64)).tolist()
+        (kl, right), routed_m, kept_m = sums[:2], sums[2:4], sums[4:]
         return Evaluation(
-            kl=max(total, 0.0) / self.answer_tokens,
+            kl=max(kl, 0.0) / self.answer_tokens,
             skip_ratio=_skipped(sum(routed_m), sum(kept_m)),
             skip_ratio_text=_skipped(routed_m[0], kept_m[0]),
             skip_ratio_vision=_skipped(routed_m[1], kept_m[1]),
-            accuracy=self._accuracy(correct),
+            accuracy=right / self._samples,
         )
 
     def routing_weights(self) -> RoutingRecorder:
         """Run the unskipped model once more, uncompiled, and return the weights that it dispatched."""
         with _bounds_in_force(self._runtime, None), RoutingRecorder(self._model) as recorder:
             for batch in self._batches:
-                self._forward(batch)
+                self._answers(batch)
         return recorder
 
-    @staticmethod
-    def _accuracy(correct: Iterable[Tensor]) -> float:
-        return float(torch.cat(list(correct)).float().mean())
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return logits [B, S', V] and labels [B, S'] of the positions from the first answer on."""
-        labels = batch["labels"]
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        first = int((labels != IGNORED).any(dim=0).nonzero()[0])
-        keep = labels.shape[1] - max(first - 1, 0)
-        if self._keeps_logits:
-            inputs["logits_to_keep"] = keep
-        with torch.no_grad():
-            logits = self._model(**inputs, use_cache=False).logits
-        return logits[:, -keep:], labels[:, -keep:]
-
-    def _answers(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return float32 log-probabilities [answer tokens, V], and bool [B]: whether greedy decoding gives the answer."""
-        logits, labels = self._forward(batch)
-        logits, labels = logits[:, :-1], labels[:, 1:]
-        at = labels != IGNORED
-        correct = ((logits.argmax(dim=-1) == labels) | ~at).all(dim=1)
-        return torch.log_softmax(logits[at].float(), dim=-1), correct.cpu()
+def divergence(reference: Tensor, logits: Tensor) -> float:
+    """Return the sum over rows of KL(softmax(reference) || softmax(logits)) in nats; both [n, V], on one device."""
+    log_p, log_q = (torch.log_softmax(values.float(), dim=-1) for values in (reference, logits))
+    return float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
 
 
 @contextlib.contextmanager
@@ -180,5 +223,11 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _skipped(routed: int, kept: int) -> float:
+def _input_device(model: nn.Module) -> torch.device:
+    """Return where the model wants its inputs; the hooks of an offloaded model move them from the CPU themselves."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _skipped(routed: float, kept: float) -> float:
     return 1 - kept / routed if routed else float("nan")

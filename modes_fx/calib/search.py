@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from modes_fx.calib.frontier import FrontierPoint, FrontierResult, frontier_search
 from modes_fx.calib.importance import Importance
-from modes_fx.calib.objective import Batch, Evaluation, Objective, optimized
+from modes_fx.calib.journal import Journal
+from modes_fx.calib.objective import Batch, Objective, optimized
 from modes_fx.calib.routing import RoutingRecorder
+from modes_fx.calib.trials import Trial, Trials, as_point, data_hash, pareto, thresholds, versions, what_determines
 from modes_fx.errors import CalibrationError
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model
 
 GAMMAS = (0.0, 0.25, 0.5, 1.0)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One evaluated choice of thresholds."""
-
-    gamma: float
-    tau_text: float
-    tau_vision: float
-    evaluation: Evaluation
+_SPARED = 2  # evaluations kept from the time budget beside those that tighten the bounds: the one that runs, and a slow one
 
 
 def search(
@@ -44,13 +35,22 @@ def search(
     gammas: Sequence[float] = GAMMAS,
     grid_size: int = 24,
     held_out: Iterable[Batch] | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    time_budget: float | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> SkipPlan:
     """Find thresholds that reach each target skip ratio at the least KL divergence.
 
     A frontier search for each gamma over a ``grid_size`` x ``grid_size`` grid of the model's own scores
     ``alpha**gamma * weight``: quantiles, so that each step skips about as much more as the one before. The gamma is chosen on
     ``batches`` too; ``held_out`` is only measured.
+
+    Several processes (``accelerate launch``) each pass their share of the data, and all get the same plan.
+
+    The plan's ``provenance["search"]`` says what it cost and how good it is: ``complete``; for each target the loss found and
+    ``lower_bound``, which no choice of the grids can be below (equal, once complete; see ``FrontierResult`` for what that rests
+    on). Its ``frontier`` holds all trials that no other beats in both loss and skip ratio, so that it takes targets in between.
 
     Args:
         model: A model that ``modes_fx.optimize`` takes, optimised or not.
@@ -60,120 +60,187 @@ def search(
         gammas: Exponents of alpha to try, >= 0; 1 is MoDES as published, 0 leaves alpha out.
         grid_size: Thresholds tried for each modality, >= 2.
         held_out: Other data, on which each chosen point is measured.
+        journal: File that each evaluation is written to as it is made, and read from: a search that was cut off goes on where
+            it stopped when called again with the same model, data and importance.
+        time_budget: Seconds for all but ``held_out``; then the best thresholds so far are the plan. None: no end.
         on_trial: Called after each evaluation on ``batches``.
+        on_progress: Called after each evaluation with (evaluations made, an estimate, mostly too high, of those in all).
 
     Raises:
-        CalibrationError: No target can be reached, or an argument is out of range.
+        CalibrationError: No target can be reached (or was, in the time given), an argument is out of range, or the journal
+            belongs to another search.
     """
     if grid_size < 2 or not gammas or not targets:
         raise CalibrationError("search() needs a grid of at least 2 thresholds, one gamma and one target.")
+    if time_budget is not None and not time_budget > 0:
+        raise CalibrationError(f"time_budget is {time_budget!r}: expected seconds > 0, or None.")
     started, batches = time.monotonic(), list(batches)
     with optimized(model):
+        data = data_hash(batches)
+        records = Journal(journal, what_determines(model, data, importance.alpha))
         objective = Objective(model, batches)
         if len(importance.alpha) != objective.num_layers:
             raise CalibrationError(
                 f"The importance is for {len(importance.alpha)} MoE layers, the model has {objective.num_layers}."
             )
-        routing = objective.routing_weights()
-        trials: dict[tuple[float, float, float], Trial] = {}
-        results: dict[float, FrontierResult] = {}
-        for gamma in sorted(gammas, key=lambda gamma: abs(gamma - 0.5)):  # the likeliest first: its losses prune the others
-            at_hand = [point.loss if point is not None else math.inf for _, point in _best(results, len(targets))]
-            results[gamma] = _search_gamma(objective, routing, importance, gamma, targets, grid_size, at_hand, trials, on_trial)
+        deadline = math.inf if time_budget is None else started + time_budget
+        trials = Trials(objective, importance.alpha, records, deadline, on_trial)
+        results = _search_gammas(trials, objective.routing_weights(), importance, gammas, targets, grid_size, on_progress)
         chosen = _best(results, len(targets))
         found = [(gamma, point) for gamma, point in chosen if point is not None]
+        complete = len(results) == len(set(gammas)) and all(result.complete for result in results.values())
         if not found:
-            raise CalibrationError(f"No target of {list(targets)} can be reached on this data.")
+            raise CalibrationError(_nothing_found(targets, complete, time_budget, len(trials.made), journal))
+        seconds = time.monotonic() - started
         fresh = None if held_out is None else Objective(model, held_out)
         points = tuple(_plan_point(gamma, point, trials, importance, fresh) for gamma, point in found)
     search_facts = {
-        "evaluations": len(trials),
+        "evaluations": len(trials.made),
+        "from_journal": len(trials.made) - trials.measured,
         "exhaustive": sum(result.exhaustive for result in results.values()),
         "violations": sum(len(result.violations) for result in results.values()),
-        "largest_violation": max((item.size for result in results.values() for item in result.violations), default=0.0),
+        "largest_violation": max(_largest(results, "f"), _largest(results, "g")),
+        "largest_violations": {name: _largest(results, name) for name in ("f", "g")},
         "unreachable_targets": [target for target, (_, point) in zip(targets, chosen, strict=True) if point is None],
+        "complete": complete,
+        "lower_bounds": _lower_bounds(results, set(gammas), targets, chosen),
         "gammas": list(gammas),
+        "gammas_searched": list(results),
         "grid_size": grid_size,
-        "seconds": round(time.monotonic() - started, 3),
+        "reference_bytes": objective.reference_bytes,
+        "seconds": round(seconds, 3),
     }
     provenance = {
-        "data_hash": data_hash(batches),
+        "data_hash": data,
         "answer_tokens": objective.answer_tokens,
         "importance_mode": importance.mode,
         "search": search_facts,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]},
+        "versions": {**versions(), "python": sys.version.split()[0]},
     }
     model_facts = describe_model(getattr(model, "config", None))
     points = tuple(sorted(points, key=lambda point: point.target or 0.0))
-    return SkipPlan(points, importance.alpha, objective.layers, model_facts, provenance)
+    frontier = tuple(as_point(trial) for trial in pareto(trials.made.values()))
+    return SkipPlan(points, importance.alpha, objective.layers, model_facts, provenance, frontier=frontier)
 
 
-def score_grid(scores: Tensor, size: int) -> list[float]:
+def score_grid(scores: Tensor, counts: Tensor, size: int) -> list[float]:
     """Return ascending thresholds that skip about equal steps more: 0, inner quantiles, and one above every score.
 
     Args:
-        scores: float32 [n] of ``alpha**gamma * weight``.
+        scores: float64 [n] of ``alpha**gamma * weight``, ascending, each the middle of a bin; see ``RoutingRecorder``.
+        counts: int64 [n], pairs that have each.
         size: Thresholds wanted; fewer come back where scores are equal.
     """
     if not len(scores):
         return [0.0]
     levels = torch.linspace(0, 1, size, dtype=torch.float64)[1:-1]
-    inner = torch.quantile(scores.double(), levels).tolist()
-    top = float(torch.nextafter(scores.max().float() * (1 + 1e-5), torch.tensor(torch.inf)))
+    below = counts.cumsum(0)
+    inner = scores[torch.searchsorted(below.double() / below[-1], levels)].tolist()
+    top = float(torch.nextafter(scores[-1].float() * (1 + 2**-7), torch.tensor(torch.inf)))  # the end of its bin
     return sorted({0.0, *inner, top})
 
 
-def data_hash(batches: Iterable[Batch]) -> str:
-    """Return a short hash of all tensors of the batches."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        for key in sorted(batch):
-            if isinstance(batch[key], Tensor):
-                digest.update(key.encode())
-                digest.update(batch[key].cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def predicted_ratio(scores: Sequence[tuple[Tensor, Tensor]]) -> Callable[[float, float], float]:
+    """Return a prediction of the skip ratio, from the unskipped model's scores."""
+    below = [torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]) for _, counts in scores]
+    pairs = sum(int(counts[-1]) for counts in below)
+
+    def guess(tau_text: float, tau_vision: float) -> float:
+        taus = torch.tensor([tau_text, tau_vision], dtype=torch.float64)
+        parts = zip(scores, below, taus, strict=True)
+        return sum(int(counts[torch.searchsorted(values, tau)]) for (values, _), counts, tau in parts) / max(pairs, 1)
+
+    return guess
+
+
+def _search_gammas(
+    trials: Trials,
+    routing: RoutingRecorder,
+    importance: Importance,
+    gammas: Sequence[float],
+    targets: Sequence[float],
+    grid_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> dict[float, FrontierResult]:
+    """Return the result for each gamma, or for those that the time allowed."""
+    results: dict[float, FrontierResult] = {}
+    order = sorted(set(gammas), key=lambda gamma: (abs(gamma - 0.5), gamma))  # the likeliest first: its losses prune the others
+    for searched, gamma in enumerate(order):
+        if trials.out_of_time(_SPARED):
+            break
+        scores = [routing.scores(m, [row[m] ** gamma for row in importance.alpha]) for m in range(len(MODALITIES))]
+        at_hand = [math.inf if point is None else point.loss for _, point in _best(results, len(targets))]
+        gammas_left = len(order) - searched - 1
+        results[gamma] = _search_gamma(trials, gamma, scores, targets, at_hand, grid_size, gammas_left, on_progress)
+        if not results[gamma].complete:
+            break
+    return results
 
 
 def _search_gamma(
-    objective: Objective,
-    routing: RoutingRecorder,
-    importance: Importance,
+    trials: Trials,
     gamma: float,
+    scores: list[tuple[Tensor, Tensor]],
     targets: Sequence[float],
-    grid_size: int,
     at_hand: Sequence[float],
-    trials: dict[tuple[float, float, float], Trial],
-    on_trial: Callable[[Trial], None] | None,
+    grid_size: int,
+    gammas_left: int,
+    on_progress: Callable[[int, int], None] | None,
 ) -> FrontierResult:
-    scores = []
-    for index in range(len(MODALITIES)):
-        by_layer = zip(importance.alpha, routing.weights(index), strict=True)
-        scores.append(torch.cat([alpha[index] ** gamma * weights for alpha, weights in by_layer]).sort().values)
-    total = sum(routing.pairs)
+    distinct = len(set(targets))
+    walks = gammas_left * distinct * (2 * grid_size - 1)
 
-    def trial(tau_text: float, tau_vision: float) -> Evaluation:
-        key = (gamma, tau_text, tau_vision)
-        if key not in trials:
-            plan = SkipPlan((PlanPoint(None, tau_text, tau_vision, gamma),), importance.alpha)
-            trials[key] = Trial(*key, objective.evaluate(plan.bounds(objective.num_layers)))
-            if on_trial is not None:
-                on_trial(trials[key])
-        return trials[key].evaluation
+    def on_evaluation(done: int, left: int, tau_text: float, tau_vision: float) -> None:
+        if on_progress is not None:
+            on_progress(len(trials.made), len(trials.made) + left + walks)
 
-    def guess(tau_text: float, tau_vision: float) -> float:
-        """Predict the skip ratio from the unskipped model's scores."""
-        taus = torch.tensor([tau_text, tau_vision])
-        below = [float(torch.searchsorted(s, tau)) / max(len(s), 1) for s, tau in zip(scores, taus, strict=True)]
-        return sum(share * pairs for share, pairs in zip(below, routing.pairs, strict=True)) / total
-
+    taus_text, taus_vision = trials.grids(gamma, grid_size, lambda: [score_grid(*of, grid_size) for of in scores])
     return frontier_search(
-        lambda text, vision: trial(text, vision).kl,
-        lambda text, vision: trial(text, vision).skip_ratio,
-        score_grid(scores[0], grid_size),
-        score_grid(scores[1], grid_size),
+        lambda text, vision: trials(gamma, text, vision).evaluation.kl,
+        lambda text, vision: trials(gamma, text, vision).evaluation.skip_ratio,
+        taus_text,
+        taus_vision,
         targets,
-        g_guess=guess,
+        g_guess=predicted_ratio(scores),
         better_than=at_hand,
+        on_evaluation=on_evaluation,
+        should_stop=lambda: trials.out_of_time(_SPARED + distinct),  # a stopped search tightens each target's bound
+    )
+
+
+def _lower_bounds(
+    results: Mapping[float, FrontierResult],
+    gammas: set[float],
+    targets: Sequence[float],
+    chosen: Sequence[tuple[float, FrontierPoint | None]],
+) -> list[dict[str, float | None]]:
+    """Return, for each target, the loss found and what none can be below: over all gammas, and over those that were begun.
+
+    None stands for infinity: nothing found, or nothing on the grids that reaches the target.
+    """
+    bounds: list[dict[str, float | None]] = []
+    for index, (target, (_, point)) in enumerate(zip(targets, chosen, strict=True)):
+        begun = max(min(result.lower_bounds[index] for result in results.values()), 0.0)  # a divergence is never negative
+        whole = begun if set(results) == gammas else 0.0
+        row = {"kl": math.inf if point is None else point.loss, "lower_bound": whole, "lower_bound_of_gammas_searched": begun}
+        bounds.append({"target": target, **{name: value if value < math.inf else None for name, value in row.items()}})
+    return bounds
+
+
+def _largest(results: Mapping[float, FrontierResult], function: str) -> float:
+    sizes = (item.size for result in results.values() for item in result.violations if item.function == function)
+    return max(sizes, default=0.0)
+
+
+def _nothing_found(
+    targets: Sequence[float], complete: bool, time_budget: float | None, evaluations: int, journal: object
+) -> str:
+    if complete:
+        return f"No target of {list(targets)} can be reached on this data."
+    advice = "and name a journal, so that a second run goes on from this one" if journal is None else "the journal keeps those"
+    return (
+        f"The time budget of {time_budget:g} s was over after {evaluations} evaluations, before any target of {list(targets)} "
+        f"was reached. Give it more time; {advice}."
     )
 
 
@@ -189,21 +256,14 @@ def _best(results: Mapping[float, FrontierResult], num_targets: int) -> list[tup
 def _plan_point(
     gamma: float,
     point: FrontierPoint,
-    trials: dict[tuple[float, float, float], Trial],
+    trials: Trials,
     importance: Importance,
     held_out: Objective | None,
 ) -> PlanPoint:
-    on_calibration = trials[gamma, point.tau_text, point.tau_vision].evaluation
-    realised = {
-        "calibration": on_calibration.skip_ratio,
-        "text": on_calibration.skip_ratio_text,
-        "vision": on_calibration.skip_ratio_vision,
-    }
-    kl = {"calibration": on_calibration.kl}
-    thresholds = PlanPoint(point.target, point.tau_text, point.tau_vision, gamma)
-    if held_out is not None:
-        plan = SkipPlan((thresholds,), importance.alpha)
-        on_held_out = held_out.evaluate(plan.bounds(held_out.num_layers))
-        realised["held_out"], kl["held_out"] = on_held_out.skip_ratio, on_held_out.kl
-    present: dict[str, Any] = {key: value for key, value in realised.items() if value == value}  # no NaN of an absent modality
-    return PlanPoint(point.target, point.tau_text, point.tau_vision, gamma, present, kl)
+    chosen = as_point(trials(gamma, point.tau_text, point.tau_vision), point.target)
+    if held_out is None:
+        return chosen
+    plan = thresholds(importance.alpha, gamma, point.tau_text, point.tau_vision)
+    fresh = held_out.evaluate(plan.bounds(held_out.num_layers))
+    realised, kl = {**chosen.realised, "held_out": fresh.skip_ratio}, {**chosen.kl, "held_out": fresh.kl}
+    return replace(chosen, realised=realised, kl=kl)

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from modes_fx.cli import demo, inspect
+from modes_fx.cli import calibrate, demo, import_reference, inspect, search
 from modes_fx.cli.terminal import console
 from modes_fx.errors import ModesFxError
 
@@ -35,6 +35,9 @@ def modes_fx(
 
 app.command()(demo.demo)
 app.command()(inspect.inspect)
+app.command()(calibrate.calibrate)
+app.command(cls=search.SearchCommand)(search.search)
+app.command("import-reference")(import_reference.import_reference)
 
 
 def main() -> None:

@@ -101,6 +101,8 @@ def assert_exact_within_bounds(f: Table, g: Table, targets: list[float], result:
     assert result.f_evaluations <= distinct * columns
     assert result.exhaustive == columns * rows
     assert result.violations == ()
+    assert result.complete
+    assert result.lower_bounds == tuple(math.inf if loss is None else loss for loss in losses(result))
 
 
 @FAST
@@ -145,6 +147,46 @@ def test_losses_at_hand_prune_but_hide_nothing_lower(problem: tuple[Table, Table
         elif point is not None:
             assert best is not None
             assert point.loss >= best
+
+
+@settings(FAST, max_examples=120)
+@given(problems(), st.integers(0, 20), st.data())
+def test_a_stopped_search_keeps_what_it_found_and_bounds_what_it_did_not(
+    problem: tuple[Table, Table, list[float]], limit: int, data: st.DataObject
+) -> None:
+    f, g, targets = problem
+    evaluated: list[tuple[int, int]] = []
+    at_hand = [data.draw(st.sampled_from([math.inf, *(value for row in f for value in row)])) for _ in targets]
+    result = search(
+        f, g, targets, better_than=at_hand, should_stop=lambda: len(evaluated) >= limit,
+        on_evaluation=lambda done, left, text, vision: evaluated.append((round(2 * text) - 1, round(2 * vision) - 1)),
+    )  # fmt: skip
+    assert result.evaluations == len(evaluated) <= limit + len(set(targets))
+    assert result.complete or len(evaluated) >= limit
+    whole = search(f, g, targets, better_than=at_hand)
+    assert result.complete == (whole.evaluations <= limit)
+    hands = dict(zip(targets, at_hand, strict=True))  # of a repeated target the easier loss counts
+    hands = {target: max(loss for other, loss in zip(targets, at_hand, strict=True) if other == target) for target in hands}
+    for target, point, bound in zip(targets, result.points, result.lower_bounds, strict=True):
+        best = exhaustive(f, g, target)
+        assert bound <= min(math.inf if best is None else best, hands[target])
+        feasible = [f[q][p] for q, p in evaluated if g[q][p] >= target]
+        if not result.complete:
+            assert (point and point.loss) == min(feasible, default=None)
+        else:
+            assert bound == min(hands[target], math.inf if best is None else best)
+
+
+def test_the_bound_of_a_stopped_search_rises_to_the_optimum() -> None:
+    f, g = SMOOTH["balanced"]
+    bounds = []
+    for limit in (0, 10, 16, 40, 10_000):
+        count = itertools.count()
+        stop = lambda count=count, limit=limit: next(count) >= limit  # noqa: E731
+        bounds.append(search(f, g, [0.75], should_stop=stop).lower_bounds[0])
+    assert bounds == sorted(bounds)
+    assert bounds[0] == 0.0
+    assert 0.3 * bounds[-1] < bounds[2] < bounds[-1] == exhaustive(f, g, 0.75)
 
 
 def test_as_many_losses_at_hand_as_targets_or_an_error() -> None:
@@ -212,7 +254,7 @@ def test_violations_are_reported_and_targets_still_met(problem: tuple[Table, Tab
         f,
         g,
         targets,
-        on_evaluation=lambda done, text, vision: evaluated.append((round(2 * text) - 1, round(2 * vision) - 1)),
+        on_evaluation=lambda done, left, text, vision: evaluated.append((round(2 * text) - 1, round(2 * vision) - 1)),
     )
     for violation in result.violations:
         (lower_q, lower_p), (upper_q, upper_p) = (
@@ -232,6 +274,27 @@ def test_violations_are_reported_and_targets_still_met(problem: tuple[Table, Tab
             assert point.ratio >= target
         if point and result.violations:
             assert point.loss == min(feasible)
+
+
+@settings(FAST, max_examples=150)
+@given(problems(), st.sampled_from([0.0, 1e-15, 1e-9, 1e-3, 0.1]), st.sampled_from([0.0, 1e-15, 1e-9, 1e-3, 0.1]), st.data())
+def test_noise_costs_no_more_than_twice_its_size(
+    problem: tuple[Table, Table, list[float]], f_noise: float, g_noise: float, data: st.DataObject
+) -> None:
+    """As the rounding of a model does: plateaus, ties and steps, and on them decreases below and above what is reported."""
+    f, g, targets = problem
+    noise = data.draw(st.randoms(use_true_random=False))
+    f = [[value + noise.uniform(-f_noise, f_noise) for value in row] for row in f]
+    g = [[value + noise.uniform(-g_noise, g_noise) for value in row] for row in g]
+    result = search(f, g, targets)
+    for target, point in zip(targets, result.points, strict=True):
+        reached = exhaustive(f, g, target + 2 * g_noise)  # what noise in g cannot have hidden
+        if reached is not None:
+            assert point is not None
+            assert point.loss <= reached + 2 * f_noise + 1e-12
+        assert point is None or point.ratio >= target
+    for violation in result.violations:
+        assert violation.size <= 2 * max(f_noise, g_noise) + 1e-12
 
 
 def test_a_violation_found_at_the_largest_corner_keeps_the_feasible_point() -> None:
@@ -281,10 +344,14 @@ def test_smooth_problem_takes_a_quarter_of_three_walks(name: str, guided: bool) 
 
 def test_progress_is_reported_once_a_point() -> None:
     f, g = SMOOTH["balanced"]
-    calls: list[tuple[int, float, float]] = []
+    calls: list[tuple[int, int, float, float]] = []
     result = search(f, g, [0.75], on_evaluation=lambda *call: calls.append(call))
-    assert [done for done, _, _ in calls] == list(range(1, result.evaluations + 1))
-    assert len({call[1:] for call in calls}) == result.evaluations
+    assert [done for done, *_ in calls] == list(range(1, result.evaluations + 1))
+    assert len({call[2:] for call in calls}) == result.evaluations
+    left = [call[1] for call in calls]
+    assert left == sorted(left, reverse=True)
+    assert left[0] < 2 * 100
+    assert left[-1] == 0
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 import modes_fx
 from modes_fx.calib import Objective, layer_importance
+from modes_fx.calib.objective import divergence, optimized
+from modes_fx.calib.routing import bin_centres, bin_of
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import SkipPlan
@@ -74,17 +77,52 @@ def test_bounds_and_recording_in_force_come_back(model: nn.Module, batches: list
     modes_fx.set_plan(model, None)
 
 
-def test_weights_recorded_are_the_oracles_by_layer_and_modality(model: nn.Module, batches: list[Batch]) -> None:
+def test_weights_are_counted_by_layer_and_modality_like_the_oracles(model: nn.Module, batches: list[Batch]) -> None:
     recorder = Objective(model, batches).routing_weights()
     stock = oracle.Oracle(tiny.make(), None)
     for batch in batches:
         stock(tiny.classes(batch), **without_labels(batch))
     flat = torch.cat([tiny.classes(batch).reshape(-1) for batch in batches])
     for modality in range(2):
-        for layer, found in enumerate(recorder.weights(modality)):
-            wanted = torch.cat(stock.weights[layer])[flat == modality].flatten()
-            torch.testing.assert_close(found.sort().values, wanted.float().sort().values, rtol=1e-4, atol=1e-5)
+        for layer in range(2):
+            wanted = torch.cat(stock.weights[layer])[flat == modality].flatten().sort().values
+            found = bin_centres().repeat_interleave(recorder.counts[layer, modality])
+            torch.testing.assert_close(found, wanted.double(), rtol=2**-7, atol=0)
         assert recorder.pairs[modality] == int(stock.routed[:, modality].sum())
+
+
+def test_a_bin_holds_what_its_centre_stands_for() -> None:
+    weights = torch.rand(1000) ** 4
+    centres = bin_centres()[bin_of(weights)]
+    torch.testing.assert_close(centres, weights.double(), rtol=2**-8, atol=0)
+    assert not set(centres.float().tolist()) & set(weights.bfloat16().tolist())
+    assert bin_of(torch.tensor([0.0, -1.0])).tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_the_unskipped_answers_keep_the_models_dtype_and_say_their_size(batches: list[Batch]) -> None:
+    for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
+        with optimized(tiny.make(dtype=dtype)) as model:
+            objective = Objective(model, batches[:1])
+            assert objective.reference_bytes == 6 * tiny.VOCABULARY * size
+            assert objective.evaluate(torch.zeros(2, 2)).kl == 0.0
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_model_that_accelerate_spreads_is_measured_like_a_whole_one(batches: list[Batch]) -> None:
+    bounds = torch.tensor([[0.3, 0.4], [0.5, 0.2]])
+    spread = tiny.make()
+    for module in (spread, *spread.model.language_model.layers):  # as `device_map` does, here with one device
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    with optimized(tiny.make()) as whole, optimized(spread):
+        assert Objective(spread, batches).evaluate(bounds) == Objective(whole, batches).evaluate(bounds)
+
+
+def test_divergence_is_the_kl_of_the_rows() -> None:
+    p, q = torch.randn(5, 9), torch.randn(5, 9)
+    wanted = torch.nn.functional.kl_div(q.log_softmax(1).double(), p.log_softmax(1).double(), reduction="sum", log_target=True)
+    assert divergence(p, q) == pytest.approx(float(wanted), rel=1e-6)
+    assert divergence(p.bfloat16(), p.bfloat16()) == 0.0
 
 
 @pytest.mark.parametrize(

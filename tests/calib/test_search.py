@@ -1,7 +1,9 @@
 """The search on a tiny model: targets met on the data, thresholds no worse than any of its grid, all of it on record."""
 
+import importlib
 import itertools
 import math
+import types
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,8 @@ from torch import nn
 
 import modes_fx
 from modes_fx.calib import Importance, Objective, Trial, search
-from modes_fx.calib.search import data_hash, score_grid
+from modes_fx.calib.search import score_grid
+from modes_fx.calib.trials import data_hash
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
@@ -63,8 +66,8 @@ def test_no_choice_of_the_grid_meets_a_target_at_less_loss(model: nn.Module, pla
     for gamma in (0.0, 0.5):
         grids = []
         for modality in range(2):
-            scores = [row[modality] ** gamma * w for row, w in zip(IMPORTANCE.alpha, routing.weights(modality), strict=True)]
-            grids.append(score_grid(torch.cat(scores).sort().values, 5))
+            factors = [row[modality] ** gamma for row in IMPORTANCE.alpha]
+            grids.append(score_grid(*routing.scores(modality, factors), 5))
         for text, vision in itertools.product(*grids):
             candidate = SkipPlan((PlanPoint(None, text, vision, gamma),), IMPORTANCE.alpha)
             evaluation = objective.evaluate(candidate.bounds(2))
@@ -94,7 +97,93 @@ def test_the_plan_says_where_it_came_from(plan: SkipPlan, data: list[Batch], tri
     assert facts["search"]["evaluations"] == len(trials) > 0
     assert facts["search"]["gammas"] == [0.0, 0.5]
     assert facts["search"]["unreachable_targets"] == []
+    assert facts["search"]["gammas_searched"] == [0.5, 0.0]
     assert {point.gamma for point in plan.points} <= {0.0, 0.5}
+
+
+def test_a_finished_search_bounds_its_losses_by_themselves(plan: SkipPlan) -> None:
+    assert plan.provenance["search"]["complete"]
+    for bound in plan.provenance["search"]["lower_bounds"]:
+        found = plan.point(bound["target"]).kl["calibration"]
+        assert bound["kl"] == bound["lower_bound"] == bound["lower_bound_of_gammas_searched"] == found
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """The search's clock, which stands still until the test moves it."""
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
+    for module in ("search", "trials"):
+        monkeypatch.setattr(importlib.import_module(f"modes_fx.calib.{module}"), "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("budget", [3, 6, 12, 18])
+def test_when_the_time_is_over_the_best_so_far_is_the_plan(
+    model: nn.Module, data: list[Batch], plan: SkipPlan, clock: types.SimpleNamespace, budget: float
+) -> None:
+    trials: list[Trial] = []
+
+    def tick(trial: Trial) -> None:
+        trials.append(trial)
+        clock.now += 1
+
+    short = search(model, data, IMPORTANCE, TARGETS, gammas=(0.0, 0.5), grid_size=5, time_budget=budget, on_trial=tick)
+    facts, whole = short.provenance["search"], plan.provenance["search"]
+    assert budget <= len(trials) <= budget + len(TARGETS)
+    assert not facts["complete"]
+    assert (facts["seconds"], facts["gammas_searched"][0]) == (len(trials), 0.5)
+    for bound, exact in zip(facts["lower_bounds"], whole["lower_bounds"], strict=True):
+        reached = [trial.evaluation.kl for trial in trials if trial.evaluation.skip_ratio >= bound["target"]]
+        assert bound["kl"] == min(reached, default=None)
+        assert bound["lower_bound"] <= exact["kl"] + 2 * whole["largest_violation"]
+        assert bound["lower_bound"] <= bound["lower_bound_of_gammas_searched"]
+        assert (bound["lower_bound"] == 0) or len(facts["gammas_searched"]) == 2
+    assert facts["unreachable_targets"] == []
+
+
+def test_a_time_budget_without_time_is_an_error_that_says_what_to_do(
+    model: nn.Module, data: list[Batch], clock: types.SimpleNamespace
+) -> None:
+    def end(trial: Trial) -> None:
+        clock.now += 60
+
+    with pytest.raises(CalibrationError, match=r"after \d evaluations, before any target .* name a journal"):
+        search(model, data, IMPORTANCE, [1.0], gammas=[0.5], grid_size=5, time_budget=60, on_trial=end)
+    with pytest.raises(CalibrationError, match="time_budget is 0"):
+        search(model, data, IMPORTANCE, time_budget=0)
+
+
+def test_progress_ends_where_the_search_does(model: nn.Module, data: list[Batch]) -> None:
+    steps: list[tuple[int, int]] = []
+    plan = search(model, data[:1], IMPORTANCE, [0.5], gammas=[0.5], grid_size=5, on_progress=lambda *step: steps.append(step))
+    assert [done for done, _ in steps] == list(range(1, plan.provenance["search"]["evaluations"] + 1))
+    assert all(done <= total for done, total in steps)
+    assert steps[-1][0] == steps[-1][1]
+
+
+def test_the_trials_that_no_other_beats_are_in_the_plan(plan: SkipPlan, trials: list[Trial]) -> None:
+    undominated = [
+        (trial.gamma, trial.tau_text, trial.tau_vision)
+        for trial in trials
+        if not any(
+            other.evaluation.skip_ratio >= trial.evaluation.skip_ratio
+            and other.evaluation.kl <= trial.evaluation.kl
+            and other.evaluation != trial.evaluation
+            for other in trials
+        )
+    ]
+    kept = plan.frontier
+    assert {(point.gamma, point.tau_text, point.tau_vision) for point in kept} <= set(undominated)
+    ratios = [point.realised["calibration"] for point in kept]
+    assert ratios == sorted(set(ratios))
+    assert len(ratios) == len(
+        {trial.evaluation.skip_ratio for trial in trials if (trial.gamma, trial.tau_text, trial.tau_vision) in undominated}
+    )
+    losses = [point.kl["calibration"] for point in kept]
+    assert losses == sorted(losses)
+    for point in plan.points:
+        assert point.kl["calibration"] in losses
 
 
 def test_no_choice_is_evaluated_twice_and_none_outside_the_grid(plan: SkipPlan, trials: list[Trial]) -> None:
@@ -158,13 +247,14 @@ def test_a_target_outside_of_0_to_1_is_refused(model: nn.Module, data: list[Batc
 
 def test_the_grid_steps_through_equal_shares_from_none_to_all() -> None:
     scores = torch.rand(1000, generator=torch.Generator().manual_seed(0)).sort().values
-    grid = score_grid(scores, 11)
+    grid = score_grid(scores.double(), torch.ones(1000, dtype=torch.int64), 11)
     assert grid == sorted(set(grid))
     assert len(grid) == 11
     shares = [float((scores < tau).float().mean()) for tau in grid]
     assert shares == pytest.approx([i / 10 for i in range(11)], abs=0.01)
-    assert score_grid(torch.full((5,), 0.25), 4)[0] == 0.0
-    assert score_grid(torch.empty(0), 4) == [0.0]
+    none, one = torch.empty(0, dtype=torch.float64), torch.tensor([0.25], dtype=torch.float64)
+    assert score_grid(none, none.long(), 4) == [0.0]
+    assert score_grid(one, torch.tensor([5]), 4) == pytest.approx([0.0, 0.25, 0.25], rel=0.01)
 
 
 def test_the_hash_of_data_sees_every_tensor_and_not_their_order_in_the_batch(data: list[Batch]) -> None:

@@ -1,0 +1,87 @@
+"""Importance in parts that a journal keeps: a run that was cut off repeats one part at most.
+
+What is measured are sums over answer tokens, so the batches can be measured part by part. A part is made of the same share of
+every process's batches.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from modes_fx.calib import processes
+from modes_fx.calib.importance import Importance, Method, Mode, layer_importance
+from modes_fx.calib.journal import Journal
+from modes_fx.calib.objective import Batch, checked, optimized
+from modes_fx.calib.trials import data_hash, what_determines
+from modes_fx.errors import CalibrationError
+
+_PARTS = 20
+
+
+def resumable_importance(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    mode: Mode = "reference",
+    method: Method = "resumed",
+    *,
+    journal: str | os.PathLike[str] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Importance:
+    """Measure the importance of every MoE layer like ``layer_importance``, keeping what is done in a journal.
+
+    Args:
+        model: See ``layer_importance``.
+        batches: See ``layer_importance``.
+        mode: See ``layer_importance``.
+        method: See ``layer_importance``.
+        journal: The file; None measures all at once.
+        on_step: Called with (steps done, steps in all) of this process.
+
+    Raises:
+        CalibrationError: As ``layer_importance`` does, or the journal belongs to another run.
+    """
+    if journal is None:
+        return layer_importance(model, batches, mode, method=method, on_step=on_step)
+    data = checked(batches)
+    if not sum(processes.gather(len(data))):
+        raise CalibrationError("Calibration needs at least one batch.")
+    parts = min(_PARTS, max(processes.gather(len(data))))
+    started, sums, tokens, forwards, used = time.monotonic(), torch.zeros((), dtype=torch.float64), 0, 0.0, set()
+    with optimized(model):
+        about = {**what_determines(model, data_hash(data)), "split": [len(each) for each in processes.gather(data)]}
+        records = Journal(journal, about)
+        for part in range(parts):
+            share = data[part * len(data) // parts : (part + 1) * len(data) // parts]
+            key = ("importance", mode, method, part, parts)
+            known = records.get(key)
+            if known is None:
+                found = layer_importance(model, share, mode, method=method, on_step=_of_part(part, parts, on_step))
+                known = {
+                    "kl": found.kl,
+                    "answer_tokens": found.answer_tokens,
+                    "forwards": found.forwards,
+                    "method": found.method,
+                }
+                records.add(key, known)
+            sums = sums + torch.tensor(known["kl"], dtype=torch.float64) * known["answer_tokens"]
+            tokens += known["answer_tokens"]
+            forwards += known["forwards"] * len(share) / max(len(data), 1)
+            used.add(known["method"])
+    kl = sums / tokens
+    by_modality = kl.sum(dim=0)
+    alpha = torch.where(by_modality > 0, kl / by_modality, torch.full_like(kl, 1 / len(kl)))
+    whole: Method = "naive" if "naive" in used else method
+    return Importance(_rows(alpha), _rows(kl), mode, tokens, whole, forwards, time.monotonic() - started)
+
+
+def _of_part(part: int, parts: int, on_step: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:
+    return None if on_step is None else lambda done, total: on_step(part * total + done, parts * total)
+
+
+def _rows(table: torch.Tensor) -> tuple[tuple[float, float], ...]:
+    return tuple((float(text), float(vision)) for text, vision in table)

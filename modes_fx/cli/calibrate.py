@@ -1,0 +1,76 @@
+"""``modes-fx calibrate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from modes_fx.cli.model import (
+    BatchSizeOption,
+    DataOption,
+    DeviceMapOption,
+    DtypeOption,
+    FormatOption,
+    JournalOption,
+    ModelArgument,
+    SamplesOption,
+    SeedOption,
+    Source,
+    SplitOption,
+    TrustOption,
+    load_batches,
+    load_model,
+    session,
+)
+from modes_fx.cli.terminal import console
+
+
+def calibrate(
+    model: ModelArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option(help="JSON file for the importance of each layer.")] = Path("importance.json"),
+    data_format: FormatOption = None,
+    split: SplitOption = None,
+    samples: SamplesOption = 1024,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 8,
+    mode: Annotated[
+        str, typer.Option(help="reference: skip a layer for one modality at a time; paper: for all tokens.")
+    ] = "reference",
+    method: Annotated[str, typer.Option(help="resumed, naive or estimate.")] = "resumed",
+    journal: JournalOption = None,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Measure how much each MoE layer matters, for text and for visual tokens: the importance that search needs."""
+    from modes_fx.calib.importance import Method, Mode
+    from modes_fx.calib.importance_file import ImportanceFile
+    from modes_fx.calib.importance_journal import resumable_importance
+    from modes_fx.calib.trials import data_hash
+
+    with session() as bars:
+        network, processor = load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        source = Source(data, data_format, split, samples, seed)
+        batches = load_batches(network, processor, source, batch_size)
+        importance = resumable_importance(
+            network, batches, cast(Mode, mode), cast(Method, method), journal=journal,
+            on_step=lambda done, total: bars("importance of each layer", done, total),
+        )  # fmt: skip
+        file = ImportanceFile.of(network, importance, data_hash(batches))
+        file.save(out)
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0), title=f"KL in nats with a layer's experts skipped, {importance.method}")
+        for heading in ("layer", "text", "vision", "alpha text", "alpha vision"):
+            table.add_column(heading, justify="left" if heading == "layer" else "right")
+        for name, kl, alpha in zip(file.layers, importance.kl, importance.alpha, strict=True):
+            table.add_row(name, *(f"{value:.2e}" for value in kl), *(f"{value:.3f}" for value in alpha))
+        console.print(table)
+        console.print(
+            f"{importance.answer_tokens} answer tokens, {importance.forwards:.1f} forwards over the data, "
+            f"{importance.seconds:.0f} s. Written to [bold]{out}[/]",
+            highlight=False,
+        )

@@ -1,0 +1,151 @@
+"""What ``calibrate`` and ``search`` share: their options, the model with its processor, and its batches of data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modes_fx.cli.terminal import Bars, be_quiet, console
+from modes_fx.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from modes_fx.calib.objective import Batch
+    from modes_fx.data import Sample, Samples
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or the id of a hub model.")]
+DataOption = Annotated[Path, typer.Option("--data", help="File or folder with questions, images and answers.")]
+FormatOption = Annotated[
+    str | None, typer.Option("--data-format", help="Layout of the data; found out from the files if left out.")
+]
+SplitOption = Annotated[str | None, typer.Option(help="Split of the data, where it holds several.")]
+SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Samples to draw from the data.")]
+SeedOption = Annotated[int, typer.Option(help="Another seed draws other samples.")]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples in a batch, on each process.")]
+DtypeOption = Annotated[str, typer.Option(help="Of the weights, such as bfloat16; auto takes the checkpoint's.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(help="Spread the model over devices, such as auto; left out, each process has it on its own device."),
+]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
+JournalOption = Annotated[
+    Path | None, typer.Option(help="File to keep each measurement in; a run that was cut off goes on from it.")
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples come from, and how many to draw.
+
+    Attributes:
+        path: File or folder.
+        format: Its layout; None finds it out.
+        split: One of its splits, or None.
+        samples: How many to draw.
+        seed: Of the draw.
+    """
+
+    path: Path
+    format: str | None
+    split: str | None
+    samples: int
+    seed: int
+
+    def load(self) -> Samples:
+        """Draw the samples.
+
+        Raises:
+            CalibrationError: They cannot be read.
+        """
+        from modes_fx.data import load_samples
+
+        return load_samples(self.path, limit=self.samples, seed=self.seed, format=self.format, split=self.split)
+
+
+@contextmanager
+def session() -> Iterator[Bars]:
+    """Join the processes of ``accelerate launch``, if any, and let the main one alone show progress and results."""
+    from modes_fx.calib import processes
+
+    be_quiet()
+    with processes.launched():
+        before, console.quiet = console.quiet, not processes.is_main()
+        try:
+            with Bars() as bars:
+                yield bars
+        finally:
+            console.quiet = before
+
+
+def load_model(name: str, *, dtype: str, device_map: str | None, trust_remote_code: bool) -> tuple[nn.Module, Any]:
+    """Load a model, with its weights, and its processor.
+
+    Args:
+        name: Folder or hub id; the embedded demo model's folder is one.
+        dtype: Name of a torch dtype, or "auto".
+        device_map: See ``from_pretrained``; None puts the model on this process's device.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ModelError: It cannot be loaded.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+    import modes_fx.demo.processor  # noqa: F401 - makes the demo model's processor known by its name
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError(f"Unknown dtype {dtype!r}; expected auto, bfloat16, float16 or float32.")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        sees = type(config) in AutoModelForImageTextToText._model_mapping
+        remote = AutoModelForImageTextToText.__name__ in (getattr(config, "auto_map", None) or {})
+        kind = AutoModelForImageTextToText if sees or remote else AutoModelForCausalLM
+        network: nn.Module = kind.from_pretrained(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelError(f"Cannot load a model and its processor from {name}: {error}") from error
+    if device_map is None and torch.cuda.is_available():
+        network.to(torch.device("cuda", torch.cuda.current_device()))
+    return network.eval(), processor
+
+
+def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: int) -> list[Batch]:
+    """Return this process's share of the batches.
+
+    Raises:
+        CalibrationError: The data cannot be read, or cannot be turned into the model's forward arguments.
+    """
+    from modes_fx.calib import processes
+    from modes_fx.data import make_batches
+
+    samples = processes.together(source.load)
+    processes_used = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
+    console.print(f"{samples.report}{processes_used}", highlight=False, markup=False)
+    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+    mine = share(samples, batch_size, processes.rank(), processes.world())
+    return processes.together(lambda: list(make_batches(mine, processor, batch_size, dtype=dtype)))
+
+
+def share(samples: Sequence[Sample], batch_size: int, rank: int, world: int) -> list[Sample]:
+    """Return one process's samples: those of every world-th batch.
+
+    Whole batches are dealt out, so that any number of processes runs the very same ones: in bfloat16 a sample's numbers depend
+    on what it is padded to.
+    """
+    chosen: list[Sample] = []
+    dealt = 0
+    for has_images in (True, False):  # which make_batches keeps apart
+        alike = [sample for sample in samples if bool(sample.images) == has_images]
+        for start in range(0, len(alike), batch_size):
+            if dealt % world == rank:
+                chosen += alike[start : start + batch_size]
+            dealt += 1
+    return chosen

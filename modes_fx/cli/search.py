@@ -1,0 +1,150 @@
+"""``modes-fx search``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.core
+from rich.box import SIMPLE
+from rich.table import Table
+
+from modes_fx.cli.model import (
+    BatchSizeOption,
+    DataOption,
+    DeviceMapOption,
+    DtypeOption,
+    FormatOption,
+    JournalOption,
+    ModelArgument,
+    SamplesOption,
+    SeedOption,
+    Source,
+    SplitOption,
+    TrustOption,
+    load_batches,
+    load_model,
+    session,
+)
+from modes_fx.cli.terminal import console
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
+class SearchCommand(typer.core.TyperCommand):
+    """Takes several numbers after one ``--targets`` or ``--gammas``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each of its numbers, as click wants it."""
+        spelled: list[str] = []
+        option = ""
+        for arg in args:
+            if option and spelled[-1] != option and _is_number(arg):
+                spelled.append(option)
+            elif arg in ("--targets", "--gammas"):
+                option = arg
+            elif not (option and spelled[-1] == option):
+                option = ""
+            spelled.append(arg)
+        return super().parse_args(ctx, spelled)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d*\.?\d+", text) is not None
+
+
+def seconds(text: str) -> float:
+    """Read ``90``, ``90s``, ``10m`` or ``2h``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if match is None or not float(match[1]):
+        raise typer.BadParameter(f"{text!r} is no time: expected seconds, or a number with m or h, such as 10m.")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def search(
+    model: ModelArgument,
+    data: DataOption,
+    importance: Annotated[Path, typer.Option(help="What `modes-fx calibrate` wrote.")] = Path("importance.json"),
+    out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
+    targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.75, 0.875],  # noqa: B006
+    gammas: Annotated[list[float], typer.Option(help="Exponents of the importance to try.")] = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
+    grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality.")] = 24,
+    held_out: Annotated[Path | None, typer.Option(help="Other data, to measure each chosen point on.")] = None,
+    held_out_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
+    journal: JournalOption = None,
+    time_budget: Annotated[
+        float | None,
+        typer.Option(parser=seconds, metavar="TIME", help="Take the best found after so long: seconds, 10m or 2h."),
+    ] = None,
+    data_format: FormatOption = None,
+    split: SplitOption = None,
+    samples: SamplesOption = 1024,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 8,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Find, for each target skip ratio, the thresholds that change the model's answers least; write them as a plan."""
+    from modes_fx.calib import processes
+    from modes_fx.calib import search as find
+    from modes_fx.calib.importance_file import ImportanceFile
+
+    with session() as bars:
+        known = processes.together(lambda: ImportanceFile.load(importance))
+        network, processor = load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        known.check_model(network)
+        batches = load_batches(network, processor, Source(data, data_format, split, samples, seed), batch_size)
+        fresh = None
+        if held_out is not None:
+            source = Source(held_out, data_format, held_out_split, samples, seed)
+            fresh = load_batches(network, processor, source, batch_size)
+        plan = find(
+            network, batches, known.importance, targets, gammas=gammas, grid_size=grid_size, held_out=fresh,
+            journal=journal, time_budget=time_budget,
+            on_progress=lambda done, total: bars("search for thresholds", done, total),
+        )  # fmt: skip
+        processes.from_main(lambda: plan.save(out))
+        _print(plan.provenance["search"], plan, out)
+
+
+def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    for heading in ("target", "skipped", "text", "vision", "KL, nats", "at best", "gamma"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    bounds = {row["target"]: row for row in facts["lower_bounds"]}
+    for point in plan.points:
+        ratios = (f"{point.realised[name]:.1%}" if name in point.realised else "" for name in ("calibration", "text", "vision"))
+        least = f"{bounds[point.target]['lower_bound']:.2e}"
+        table.add_row(f"{point.target:g}", *ratios, f"{point.kl['calibration']:.2e}", least, f"{point.gamma:g}")
+    console.print(table)
+    for row in facts["lower_bounds"]:
+        if row["kl"] is None:
+            console.print(f"Target {row['target']:g} was not reached.")
+    if facts["complete"] and not facts["violations"]:
+        console.print("The search is complete: no choice of its grids reaches a target at less, by all that was evaluated.")
+    elif not facts["complete"]:
+        left = [f"{gamma:g}" for gamma in facts["gammas"] if gamma not in facts["gammas_searched"]]
+        console.print(
+            "The time budget ended the search. 'at best' is what no choice of its grids can be below"
+            + (f"; of the gammas begun: {_begun(facts)}; not begun: gamma {', '.join(left)}" if left else "")
+            + ". Give it more time, with the same journal, to go on."
+        )
+    if facts["violations"]:
+        sizes = " and ".join(f"{size:.1e} of {name}" for name, size in facts["largest_violations"].items() if size)
+        console.print(
+            f"Where thresholds rose, the loss f or the skip ratio g fell {facts['violations']} times (at most {sizes}): "
+            "each point reaches its target on these data, but a better one may have been missed."
+        )
+    console.print(
+        f"{facts['evaluations']} evaluations ({facts['from_journal']} from the journal) instead of {facts['exhaustive']}, "
+        f"{facts['seconds']:.0f} s. Written to [bold]{out}[/]",
+        highlight=False,
+    )
+
+
+def _begun(facts: dict[str, Any]) -> str:
+    bounds = ((row["lower_bound_of_gammas_searched"], row["target"]) for row in facts["lower_bounds"])
+    return ", ".join(f"{bound:.2e} at {target:g}" for bound, target in bounds if bound is not None)

@@ -1,0 +1,61 @@
+"""A JSONL file: one object a line, ``{"image": "cat.jpg", "question": "What is it?", "answer": "a cat"}``.
+
+Read are ``image`` or ``images`` (a path or a list of them, relative to the file; neither for text alone), ``question`` or
+``prompt``, ``answer`` or ``answers`` (of a list the first), and ``id`` (else the line's number). Empty lines are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from modes_fx.data.layouts.layout import Layout, Records, first_of, text_of
+from modes_fx.data.sample import Sample
+from modes_fx.errors import CalibrationError
+
+QUESTION, ANSWER, IMAGES = ("question", "prompt"), ("answer", "answers"), ("images", "image")
+
+
+def _fits(source: Path) -> bool:
+    return source.is_file() and source.suffix == ".jsonl"
+
+
+def _read(source: Path, split: str | None, frames: int) -> Records:
+    if split is not None:
+        raise CalibrationError(f"A JSONL file has no splits, but split {split!r} was asked for.")
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"Cannot read {source}: {error}") from error
+    rows = [_parse(line, source, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+    def read(chosen: Sequence[int]) -> Iterable[Sample]:
+        return (_sample(rows[index], source.parent, str(index + 1)) for index in chosen)
+
+    return Records(len(rows), read)
+
+
+def _parse(line: str, source: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"Line {number} of {source} is not JSON: {error}. Expected one object a line.") from error
+    if not isinstance(row, dict):
+        raise CalibrationError(f"Line {number} of {source} is no object, but {type(row).__name__}.")
+    return row
+
+
+def _sample(row: dict[str, Any], folder: Path, name: str) -> Sample:
+    images = first_of(row, IMAGES)
+    paths = [] if images is None else images if isinstance(images, list) else [images]
+    return Sample(
+        id=text_of(row.get("id")) or name,
+        question=text_of(first_of(row, QUESTION)),
+        answer=text_of(first_of(row, ANSWER)),
+        images=tuple(folder / str(path) for path in paths),
+    )
+
+
+LAYOUT = Layout("jsonl", _fits, _read)

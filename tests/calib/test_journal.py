@@ -1,0 +1,123 @@
+"""The journal: what is in it after any cut, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from modes_fx.calib.journal import Journal
+from modes_fx.errors import CalibrationError
+
+ABOUT = {"model": "m", "data": "d", "versions": {"torch": "2"}}
+ENTRIES = [(("trial", 0.5, 1 / 3), {"kl": 1e-17, "skip_ratio_vision": None}), (("grid", 1.0, 5), {"text": [0.0, 0.1]})]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new" / "journal.jsonl"
+
+
+def filled(path: Path) -> Journal:
+    journal = Journal(path, ABOUT)
+    for key, value in ENTRIES:
+        journal.add(key, value)
+    return journal
+
+
+def test_entries_come_back_as_they_were(path: Path) -> None:
+    assert filled(path).resumed == 0
+    again = Journal(path, ABOUT)
+    assert again.resumed == 2
+    for key, value in ENTRIES:
+        assert again.get(key) == value
+    assert again.get(("trial", 0.5, 0.25)) is None
+    assert len(path.read_text().splitlines()) == 3  # opening it again writes nothing
+
+
+def test_an_entry_is_in_the_file_once_it_is_added(path: Path) -> None:
+    journal = Journal(path, ABOUT)
+    journal.add(*ENTRIES[0])
+    assert json.loads(path.read_text().splitlines()[-1]) == {"key": list(ENTRIES[0][0]), "value": ENTRIES[0][1]}
+
+
+def test_without_a_path_entries_are_kept_in_memory(tmp_path: Path) -> None:
+    journal = Journal(None, ABOUT)
+    journal.add(*ENTRIES[0])
+    assert journal.get(ENTRIES[0][0]) == ENTRIES[0][1]
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(cut=st.integers(0, 400), garbage=st.binary(max_size=5).filter(lambda tail: b"\n" not in tail))
+def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path: Path, cut: int, garbage: bytes) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.unlink(missing_ok=True)
+    filled(path)
+    content = path.read_bytes()
+    cut = min(cut, len(content))
+    whole = max(content[:cut].count(b"\n") - 1, 0)
+    path.write_bytes(content[:cut] + (garbage if cut > 11 else b""))
+    journal = Journal(path, ABOUT)
+    assert journal.resumed == whole
+    for key, value in ENTRIES[whole:]:
+        assert journal.get(key) is None
+        journal.add(key, value)
+    assert path.read_bytes() == content
+
+
+def test_a_last_line_of_zeros_is_dropped_like_a_torn_one(path: Path) -> None:
+    filled(path)
+    content = path.read_bytes()
+    path.write_bytes(content + b"\0" * 20 + b"\n")
+    assert Journal(path, ABOUT).resumed == 2
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"data": "e"}, "data was 'd' and is 'e'"),
+        ({"model": "n", "alpha": "a"}, r"model was 'm' and is 'n'; alpha was None and is 'a'"),
+        ({"versions": {"torch": "3"}}, "versions was"),
+    ],
+)
+def test_the_journal_of_another_run_is_refused_and_left_alone(path: Path, changes: dict[str, object], match: str) -> None:
+    filled(path)
+    content = path.read_bytes()
+    with pytest.raises(CalibrationError, match=match):
+        Journal(path, {**ABOUT, **changes})
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"a novel", "not a journal"),
+        (b"a novel\nof two lines\n", "damaged|not a journal"),
+        (b'{"schema_version": 1}\n', "not a journal"),
+        (b'{"journal": 99, "about": {}}\n', "not a journal"),
+        (b"[1]\n", "not a journal"),
+    ],
+)
+def test_a_file_that_is_no_journal_is_refused_and_left_alone(path: Path, content: bytes, match: str) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=match):
+        Journal(path, ABOUT)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("damage", [b"{broken}\n", b'{"key": 3}\n', b"[]\n"])
+def test_damage_before_the_last_line_is_named_by_its_line(path: Path, damage: bytes) -> None:
+    filled(path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], damage, *lines[1:]]))
+    with pytest.raises(CalibrationError, match=r"[Ll]ine 2 of the journal"):
+        Journal(path, ABOUT)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="Cannot use the journal"):
+        Journal(tmp_path, ABOUT)
