@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modes_fx.backend import SkipBackend, no_compiler
+from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
 from modes_fx.modality import ModalityWatch, token_ids_for
 from modes_fx.passes.site import SiteRecord
@@ -40,6 +41,7 @@ class _Optimized:
         self.model_name = type(model).__name__
         self.watches: list[ModalityWatch] = []
         self.regions = CompiledRegions()
+        self.conversions = Conversions()
         self.experts_before: list[tuple[Any, Any]] = []
 
     def __reduce__(self) -> Any:
@@ -49,6 +51,7 @@ class _Optimized:
         for watch in self.watches:
             watch.remove()
         self.regions.suspend()
+        self.conversions.undo()
         for config, implementation in self.experts_before:
             config._experts_implementation = implementation
 
@@ -70,7 +73,8 @@ def optimize(
     evaluation harnesses go on working. Optimising an optimised model starts anew.
 
     Args:
-        model: A Hugging Face model whose experts use transformers' dispatch (64 families do).
+        model: A Hugging Face model whose experts use transformers' dispatch (64 families do), or whose MoE blocks can be
+            converted to it (``modes_fx.convert``): these are for inference alone, with ``region="moe"``.
         plan: A plan, or the path of one. None keeps every expert.
         target: Target skip ratio, one of ``plan.targets``; None takes the largest.
         region: What is compiled in place: ``"moe"`` each MoE block, ``"layer"`` each decoder layer, ``"model"`` each stack of
@@ -85,6 +89,7 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
+        ModelError: Some MoE blocks have to be converted, and the region is another than ``"moe"``.
         ModesFxError: An unknown region or dispatch. The model is left as it was in every case.
     """
     if not isinstance(model, nn.Module):
@@ -95,7 +100,7 @@ def optimize(
     if not layers:
         raise NoRoutingSiteError(
             f"{type(model).__name__} has no MoE layer that uses transformers' experts interface "
-            "(transformers.integrations.moe): there is nothing to skip."
+            "(transformers.integrations.moe) or could be converted to it: there is nothing to skip."
         )
     plan, bounds = _resolve(model, plan, target, len(layers))
     _check_compiler()
@@ -104,9 +109,13 @@ def optimize(
     state = _Optimized(model, layers, region, plan.rule if plan else "threshold")
     try:
         state.experts_before = _use_grouped_mm(layers)
-        state.layers, state.rejections = probe(layers, state.runtime, dispatch)
+        _convert(state)
+        state.layers, state.rejections = probe(state.layers, state.runtime, dispatch, state.rejections)
         if not state.runtime.sites:
             raise _no_site(state)
+        for layer in (state.layers[index] for index in state.rejections):
+            if layer.stands_for is not None:
+                state.conversions.undo(layer.stands_for)
         _compile(state, dispatch)
         state.watches = _watch(model, state)  # last, so that it stands in front of a region that is the model itself
         state.runtime.set_bounds(bounds)
@@ -119,7 +128,7 @@ def optimize(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``optimize``: compiled regions, the watch on the modality and the experts implementation.
+    """Undo ``optimize``: compiled regions, converted blocks, the watch on the modality and the experts implementation.
 
     Raises:
         NotOptimizedError: The model is not optimised.
@@ -167,7 +176,7 @@ def report(model: nn.Module) -> Report:
 
 def _report(state: _Optimized) -> Report:
     records = [state.runtime.sites.get(i) or state.rejections[i] for i in range(len(state.layers))]
-    sites = tuple(_site_report(layer.name, record) for layer, record in zip(state.layers, records, strict=True))
+    sites = tuple(_site_report(layer, record) for layer, record in zip(state.layers, records, strict=True))
     return Report(state.model_name, state.region, sites, state.runtime.graphs)
 
 
@@ -194,9 +203,11 @@ def optimized_state(model: nn.Module) -> _Optimized:
     return state
 
 
-def _site_report(name: str, record: SiteRecord) -> SiteReport:
+def _site_report(layer: MoeLayer, record: SiteRecord) -> SiteReport:
     found = {item.name: getattr(record, item.name) for item in fields(SiteReport) if item.name != "name"}
-    return SiteReport(name, **found)
+    if record.status == "rewritten" and layer.stands_for is not None:
+        found["status"] = "converted"
+    return SiteReport(layer.name, **found)
 
 
 def _no_site(state: _Optimized) -> NoRoutingSiteError:
@@ -240,11 +251,22 @@ def _resolve(
 
 def _use_grouped_mm(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
     """Make the experts dispatch in the form that can be traced; return their configs and what each named before."""
-    configs: dict[int, Any] = {id(layer.experts.config): layer.experts.config for layer in layers}
+    configs: dict[int, Any] = {id(layer.experts.config): layer.experts.config for layer in layers if layer.form is None}
     before = [(config, config._experts_implementation) for config in configs.values()]
     for config in configs.values():
         config._experts_implementation = _EXPERTS_IMPLEMENTATION
     return before
+
+
+def _convert(state: _Optimized) -> None:
+    state.layers, state.rejections = state.conversions.convert(state.layers)
+    state.runtime.layers = tuple(state.layers)
+    if len(state.conversions) and state.region != "moe":
+        name = next(layer.name for layer in state.layers if layer.stands_for is not None)
+        raise ModelError(
+            f"{name} and its like have to be converted, which a trace of the layer around them does not see. "
+            f'Use region="moe" instead of {state.region!r}.'
+        )
 
 
 def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
@@ -252,7 +274,7 @@ def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
     vision_ids, sees_images = token_ids_for(model)
     compiled = {id(module) for layer in state.layers for module in layer.region(state.region).modules()}
     outer = (module for module in model.modules() if id(module) not in compiled)
-    above = [module for module in outer if any(part is state.layers[0].experts for part in module.modules())]
+    above = [module for module in outer if any(part is state.layers[0].place for part in module.modules())]
     takes_tokens = [module for module in above if "inputs_embeds" in inspect.signature(module.forward).parameters]
     return [
         ModalityWatch(module, vision_ids, sees_images=sees_images, required=lambda: not state.runtime.keeps_all)
