@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from modes_fx.convert import dbrx, jetmoe, longcat_flash, moe_infer, refused, softmax_loop, stacked
+from modes_fx.convert import dbrx, jetmoe, llama4, longcat_flash, moe_infer, refused, softmax_loop, stacked
 from modes_fx.convert.form import Form
 
 FORMS: tuple[Form, ...] = (
@@ -17,6 +17,7 @@ FORMS: tuple[Form, ...] = (
     dbrx.FORM,
     longcat_flash.FORM,
     jetmoe.FORM,
+    llama4.FORM,
     *refused.NAMED,
     stacked.FORM,
     refused.UNKNOWN,

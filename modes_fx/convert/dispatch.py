@@ -37,12 +37,13 @@ class DispatchedExperts(nn.Module):
     def dispatch(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Do the work of ``forward``: the very graph that the matcher anchors on."""
         top_k = ids_TK.shape[-1]
+        weights_S = weights_TK.reshape(-1)  # in front of the sort, where the pass decides
         ids_g, perm = torch.sort(ids_TK.reshape(-1))
         counted = ids_g.float() if hidden_TH.device.type in ("cpu", "mps") else ids_g.int()  # the types that histc takes there
         counts = torch.histc(counted, bins=self.num_experts, min=0, max=self.num_experts - 1)
         offsets = torch.cumsum(counts, dim=0, dtype=torch.int32)
         rows = self.body(hidden_TH[perm // top_k], offsets)
-        weighted = rows * weights_TK.reshape(-1)[perm].unsqueeze(-1)
+        weighted = rows * weights_S[perm].unsqueeze(-1)
         inverse = torch.empty_like(perm)
         inverse[perm] = torch.arange(perm.size(0), device=perm.device)
         return weighted[inverse].view(-1, top_k, hidden_TH.shape[-1]).sum(dim=1).to(hidden_TH.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from modes_fx.convert.form import Form
 from modes_fx.passes.site import Reject
@@ -16,16 +16,6 @@ def _refusing(code: str, detail: str) -> Callable[[nn.Module], NoReturn]:
         raise Reject(code, f"{type(block).__name__}: {detail}")
 
     return convert
-
-
-def _weights_on_input(block: nn.Module) -> str | None:
-    """Llama 4: every expert runs on every token, scaled by its weight, which is 0 for those that were not chosen."""
-    experts = getattr(block, "experts", None)
-    gate_up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
-    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dim() == down.dim() == 3):
-        return None
-    transposed = tuple(down.shape) == (gate_up.shape[0], gate_up.shape[2] // 2, gate_up.shape[1])
-    return "experts" if transposed and not hasattr(experts, "has_gate") else None
 
 
 def _embedded(block: nn.Module) -> str | None:
@@ -51,7 +41,6 @@ def _unknown(block: nn.Module) -> str | None:
 
 
 NAMED = (
-    Form(_weights_on_input, _refusing("WEIGHTS_ON_INPUT", "the routing weights multiply the experts' input")),
     Form(_embedded, _refusing("EXPERTS_ARE_EMBEDDINGS", "its experts are rows of embeddings, for which there is no dispatch")),
     Form(_with_capacity, _refusing("CAPACITY", "tokens compete for the places of an expert, in an encoder and a decoder")),
 )
