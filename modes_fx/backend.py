@@ -12,10 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
+import torch._inductor
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from modes_fx.errors import CompilerError, NoRoutingSiteError
+from modes_fx.errors import CompilerError, ModesFxError, NoRoutingSiteError
 from modes_fx.passes.skip_experts import Binding, Dispatch, Rewritten, skip_experts
 from modes_fx.policy import KeepRule
 
@@ -40,8 +42,8 @@ class Runtime(Protocol):
             (float32 [num_classes]), on the experts' device.
         """
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
-        """Count the pairs that were dispatched; called only while ``recording``."""
+    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
+        """Count the pairs that were dispatched of tokens of these classes; called only while ``recording``."""
 
     @property
     def recording(self) -> bool:
@@ -62,6 +64,18 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> C
     except InvalidCxxCompiler as error:
         raise no_compiler(error) from error
     return compiled
+
+
+def inductor_settings(mode: str | None) -> dict[str, Any]:
+    """Return what an Inductor mode, such as ``"max-autotune-no-cudagraphs"``, stands for.
+
+    Raises:
+        ModesFxError: There is no such mode.
+    """
+    known = torch._inductor.list_mode_options()
+    if mode is not None and mode not in known:
+        raise ModesFxError(f"Unknown mode {mode!r}; Inductor's: {', '.join(known)}.")
+    return dict(known[mode]) if mode is not None else {}
 
 
 def no_compiler(error: Exception) -> CompilerError:
@@ -141,7 +155,7 @@ def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compil
         if runtime.recording:
             pairs = outputs[-per_site:]
             for i, (layer, binding) in enumerate(zip(layers, bindings, strict=True)):
-                runtime.record(layer, binding.top_k, pairs[2 * i], pairs[2 * i + 1])
+                runtime.record(layer, binding.top_k, added[2 * i], pairs[2 * i], pairs[2 * i + 1])
         return outputs[:-per_site]
 
     return run

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, fx
 
 from modes_fx import modality
-from modes_fx.backend import Compiled, SkipBackend, inductor
+from modes_fx.backend import Compiled, SkipBackend, inductor, inductor_settings
 from modes_fx.errors import ModalityError, PlanError
 from modes_fx.modality import PADDING, TEXT, VISION
 from modes_fx.passes.skip_experts import Binding, Rewritten, source_of
 from modes_fx.plan import SkipPlan
 from modes_fx.policy import RULES
+from modes_fx.report import GraphReport
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +40,20 @@ def modes_fx(
     Args:
         module: Dynamo's graph.
         inputs: Its example inputs.
-        mode: An Inductor mode, such as ``"max-autotune-no-cudagraphs"``.
+        mode: An Inductor mode, such as ``"max-autotune-no-cudagraphs"``; ``torch.compile`` takes no options beside it.
         options: ``plan`` (a ``SkipPlan`` or a path; none keeps every expert), ``target``, ``dispatch``, ``vision_token_ids``
-            (for a plan that names none); any other goes to Inductor.
+            (for a plan that names none), ``mode`` (as above), ``report`` (a ``modes_fx.GraphReport`` that is told of each
+            graph); any other goes to Inductor.
     """
     rest = dict(options or {})
+    mode = rest.pop("mode", mode)
+    report = rest.pop("report", None)
     plan = rest.pop("plan", None)
     if plan is not None and not isinstance(plan, SkipPlan):
         plan = SkipPlan.load(plan)
-    runtime = GraphRuntime(module, plan, rest.pop("target", None), rest.pop("vision_token_ids", None))
+    runtime = GraphRuntime(module, plan, rest.pop("target", None), rest.pop("vision_token_ids", None), report)
     dispatch = rest.pop("dispatch", "auto")
-    settings = {**(torch._inductor.list_mode_options(mode) if mode else {}), **rest}
+    settings = {**inductor_settings(mode), **rest}
     backend = SkipBackend(runtime, RULES[plan.rule if plan else "threshold"].keep, dispatch, inductor)
     compiled = backend(module, inputs, **settings)
     return compiled if runtime.input_ids is None else runtime.publishing(compiled)
@@ -74,15 +78,22 @@ class GraphRuntime:
         plan: The plan, or None to keep all pairs.
         target: One of its targets.
         vision_token_ids: Placeholder ids of visual tokens; None takes the plan's.
+        report: Told of the graph's sites.
     """
 
     num_classes = PADDING + 1
     recording = False
 
     def __init__(
-        self, module: fx.GraphModule, plan: SkipPlan | None, target: float | None, vision_token_ids: Sequence[int] | None
+        self,
+        module: fx.GraphModule,
+        plan: SkipPlan | None,
+        target: float | None,
+        vision_token_ids: Sequence[int] | None,
+        report: GraphReport | None,
     ) -> None:
         self._plan = plan
+        self._report = report
         sources = [source_of(node) for node in module.graph.nodes if node.op == "placeholder"]
         self._takes_experts = any("experts" in source for source in sources)
         named = {match[1]: i for i, source in enumerate(sources) if (match := re.search(r"\['(\w+)'\]$", source))}
@@ -99,6 +110,8 @@ class GraphRuntime:
 
     def compiled(self, rewritten: Rewritten) -> None:
         """Say what was rewritten; experts that are computed whole are never passed off as optimised."""
+        if self._report is not None:
+            self._report.graphs.append(rewritten.records)
         rejected = [f"{record.code}: {record.detail}" for record in rewritten.records if record.status == "rejected"]
         if rejected or (self._takes_experts and not rewritten.bindings):
             reasons = "; ".join(rejected) or "it holds no dispatch; does the model use the experts implementation 'grouped_mm'?"
@@ -125,7 +138,7 @@ class GraphRuntime:
 
         return run
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
         """Never called: only ``optimize`` keeps statistics."""
 
     def _layer(self, source: str) -> int:

@@ -7,8 +7,7 @@ every asyncio task) has its own, so concurrent calls do not mix. Inside a traced
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -31,28 +30,54 @@ class Tokens:
     """The tokens of one forward.
 
     Attributes:
-        ids: int64 [B, S], each ``TEXT``, ``VISION`` or ``PADDING``.
+        ids: int64 [B, S], each ``TEXT``, ``VISION`` or ``PADDING``. Without dimensions where all tokens are of one class and
+            any number of them may come: those of a vision tower, say.
         phase: ``"decode"`` for a step of one token a sequence over a cache, else ``"prefill"``.
+        expert_groups: bool [B, S], which of two groups of experts a token goes to in models that have a group for each
+            modality: True the one for vision. None where all tokens go to the same experts.
     """
 
     ids: Tensor
     phase: Phase
-    _flat: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    expert_groups: Tensor | None = None
+    _flat: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False)
 
-    def flat(self, device: torch.device) -> Tensor:
-        """Return the ids as int64 [T] on ``device``; copied there once a forward."""
-        if device not in self._flat:
-            self._flat[device] = self.ids.reshape(-1).to(device)
-        return self._flat[device]
+    def flat(self, tokens: int, device: torch.device) -> Tensor:
+        """Return the ids as int64 [T] on ``device``; copied there once a forward.
+
+        Args:
+            tokens: T, as many as the block that asks was called with.
+            device: Where the ids are wanted.
+
+        Raises:
+            ModalityError: The forward has another number of tokens.
+        """
+        if self.ids.dim() and self.ids.numel() != tokens:
+            raise ModalityError(
+                f"An MoE block was called with {tokens} tokens, but the running forward has {list(self.ids.shape)}. If the "
+                "model drops or merges tokens on the way, call it inside `with modes_fx.token_modality(ids):`, where ids has "
+                "the shape that the language model gets."
+            )
+        key = device, tokens
+        if key not in self._flat:
+            self._flat[key] = self.ids.reshape(-1).to(device).expand(tokens).contiguous()
+        return self._flat[key]
+
+    def of_group(self, vision: bool) -> Tokens:
+        """Return those tokens that go to the experts for vision, or to the others."""
+        if self.expert_groups is None:
+            return self
+        mine = self.expert_groups.reshape(-1) == vision
+        return Tokens(self.ids.reshape(-1)[mine].unsqueeze(0), self.phase)
 
 
-_running: ContextVar[Tokens | None] = ContextVar("modes_fx_running", default=None)
+RUNNING: ContextVar[Tokens | None] = ContextVar("modes_fx_running", default=None)
 _explicit: ContextVar[Tensor | None] = ContextVar("modes_fx_explicit", default=None)
 
 
 def running() -> Tokens | None:
     """Return the tokens of the forward that runs in this context, or None outside any."""
-    return _running.get()
+    return RUNNING.get()
 
 
 @contextlib.contextmanager
@@ -90,106 +115,9 @@ def vision_token_ids(config: Any) -> tuple[int, ...]:
 
     Audio placeholders count as text: the published thresholds know two modalities, and text has the more careful one.
     """
-    found = (getattr(config, name, None) for name in _IMAGE_TOKEN_ATTRIBUTES)
+    configs = (config, getattr(config, "thinker_config", None))  # speaking models nest the model that sees
+    found = (getattr(part, name, None) for part in configs for name in _IMAGE_TOKEN_ATTRIBUTES)
     return tuple(sorted({token for token in found if isinstance(token, int) and token >= 0}))
-
-
-class ModalityWatch:
-    """Publishes a module's tokens while it is called.
-
-    It sits in front of the module's call, where ``Module.compile`` puts compiled code: unlike a hook, it does not travel into
-    copies and pickles of the model, which are not optimised.
-
-    Args:
-        module: The module to watch; its ``forward`` takes ``input_ids`` or ``inputs_embeds``.
-        vision_ids: Placeholder ids of visual tokens.
-        sees_images: Whether the model has a vision tower at all. If not, every token is text.
-        required: Says whether anything depends on the modality now; if not, it may stay unknown.
-    """
-
-    def __init__(
-        self, module: nn.Module, vision_ids: tuple[int, ...], *, sees_images: bool, required: Callable[[], bool]
-    ) -> None:
-        self._module = module
-        self._parameters = tuple(inspect.signature(module.forward).parameters)
-        self._vision_ids = vision_ids
-        self._sees_images = sees_images
-        self._required = required
-        self._before = module._compiled_call_impl
-        module._compiled_call_impl = self._call
-
-    def remove(self) -> None:
-        """Give the module back the call that it had."""
-        self._module._compiled_call_impl = self._before
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._before or self._module._call_impl
-        # An outer module of the same model may have said it already.
-        tokens = None if _running.get() is not None else self._tokens(args, kwargs)
-        if tokens is None:
-            return call(*args, **kwargs)
-        outside = _running.set(tokens)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            _running.reset(outside)
-
-    def _tokens(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
-        inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        ids = self._ids(inputs)
-        if ids is None:
-            return None
-        if ids.shape[1] == 1 and inputs.get("past_key_values") is not None:
-            return Tokens(torch.where(ids == PADDING, PADDING, TEXT), "decode")
-        return Tokens(ids, "prefill")
-
-    def _ids(self, inputs: dict[str, Any]) -> Tensor | None:
-        input_ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        reference = input_ids if input_ids is not None else embeds
-        if reference is None and "input_ids" not in self._parameters and not self._required():
-            return None
-        if reference is None:
-            raise ModalityError(
-                "The forward got neither input_ids nor inputs_embeds, so its tokens' modality is unknown. Pass one of them."
-            )
-        shape = reference.shape[:2]
-        given, types = explicit(), inputs.get("mm_token_type_ids")
-        if given is not None and given.shape == shape:
-            ids = given.to(reference.device)
-        elif input_ids is not None and (self._vision_ids or not self._sees_images):
-            ids = self._from_input_ids(input_ids)
-        elif types is not None and types.shape == shape:
-            ids = ((types == 1) | (types == 2)).to(torch.int64)
-        elif not self._sees_images:
-            ids = torch.zeros(shape, dtype=torch.int64, device=reference.device)
-        elif not self._required():
-            return None
-        else:
-            wrong = "" if given is None else f" (modes_fx.token_modality() was given {list(given.shape)})"
-            raise ModalityError(
-                f"The modality of {list(shape)} tokens is unknown: without input_ids, call the model inside "
-                f"`with modes_fx.token_modality(ids):` where ids is [batch, sequence], 0 text and 1 vision{wrong}."
-            )
-        return self._with_padding(ids, inputs.get("attention_mask"))
-
-    def _from_input_ids(self, input_ids: Tensor) -> Tensor:
-        visual = torch.zeros_like(input_ids, dtype=torch.bool)
-        for token in self._vision_ids:
-            visual |= input_ids == token
-        return visual.to(torch.int64)
-
-    @staticmethod
-    def _with_padding(ids: Tensor, mask: Any) -> Tensor:
-        # 4-D masks and mask dictionaries say who may look at whom, not which tokens are padding: nothing is skipped for them.
-        if not isinstance(mask, Tensor) or mask.dim() == 4:
-            return ids
-        batch, length = ids.shape
-        if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
-            raise ModalityError(
-                f"attention_mask has shape {list(mask.shape)}, but the forward has {batch} sequences of {length} tokens. "
-                f"Pass a mask of shape [{batch}, {length}] (longer when a cache holds earlier tokens)."
-            )
-        return ids.masked_fill(mask[:, -length:].to(ids.device) == 0, PADDING)
 
 
 def token_ids_for(model: nn.Module) -> tuple[tuple[int, ...], bool]:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from modes_fx.backend import SkipBackend, no_compiler
+from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
 from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
-from modes_fx.modality import ModalityWatch, token_ids_for
+from modes_fx.experts import IMPLEMENTATION
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
 from modes_fx.policy import RULES
 from modes_fx.probe import probe
-from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers
+from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.report import Report, SiteReport, SkipStats
 from modes_fx.runtime import ModelRuntime
+from modes_fx.watch import Watch, watch_modality
 
 logger = logging.getLogger(__name__)
-
-_EXPERTS_IMPLEMENTATION = "grouped_mm"
 
 
 class _Optimized:
@@ -39,7 +38,7 @@ class _Optimized:
         self.rejections: dict[int, SiteRecord] = {}
         self.runtime = ModelRuntime(layers, RULES[rule])
         self.model_name = type(model).__name__
-        self.watches: list[ModalityWatch] = []
+        self.watches: list[Watch] = []
         self.regions = CompiledRegions()
         self.conversions = Conversions()
         self.experts_before: list[tuple[Any, Any]] = []
@@ -50,7 +49,7 @@ class _Optimized:
     def undo(self) -> None:
         for watch in self.watches:
             watch.remove()
-        self.regions.suspend()
+        self.regions.remove()
         self.conversions.undo()
         for config, implementation in self.experts_before:
             config._experts_implementation = implementation
@@ -66,6 +65,9 @@ def optimize(
     target: float | None = None,
     region: Region = "moe",
     dispatch: Dispatch = "auto",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Make a model skip the experts that a plan says do not matter; in place.
 
@@ -81,6 +83,9 @@ def optimize(
             decoder layers.
         dispatch: ``"compact"`` gathers the kept pairs (data-dependent length), ``"static"`` keeps shapes fixed; ``"auto"`` is
             compact on a CPU and static elsewhere.
+        mode: Inductor's, as for ``torch.compile``, such as ``"reduce-overhead"``.
+        dynamic: As for ``torch.compile``: whether sizes may vary from the first graph on. None: from their first change on.
+        options: Inductor's settings, as for ``torch.compile``; they go before the mode's.
 
     Returns:
         The same model.
@@ -89,35 +94,28 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: Some MoE blocks have to be converted, and the region is another than ``"moe"``.
-        ModesFxError: An unknown region or dispatch. The model is left as it was in every case.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it or MoE blocks have to be converted.
+        ModesFxError: An unknown region, dispatch or mode. The model is left as it was in every case.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}.")
     _check_choice("region", region, ("moe", "layer", "model"))
     _check_choice("dispatch", dispatch, ("auto", "compact", "static"))
+    settings = {**inductor_settings(mode), **(options or {})}
     layers = find_moe_layers(model)
     if not layers:
-        raise NoRoutingSiteError(
-            f"{type(model).__name__} has no MoE layer that uses transformers' experts interface "
-            "(transformers.integrations.moe) or could be converted to it: there is nothing to skip."
-        )
+        raise NoRoutingSiteError(no_moe_layer(model))
     plan, bounds = _resolve(model, plan, target, len(layers))
     _check_compiler()
-    if getattr(model, _ATTRIBUTE, None) is not None:
+    if is_optimized(model):
         restore(model)
-    state = _Optimized(model, layers, region, plan.rule if plan else "threshold")
+    state = trace_sites(model, layers, region, dispatch, plan.rule if plan else "threshold")
     try:
-        state.experts_before = _use_grouped_mm(layers)
-        _convert(state)
-        state.layers, state.rejections = probe(state.layers, state.runtime, dispatch, state.rejections)
         if not state.runtime.sites:
             raise _no_site(state)
-        for layer in (state.layers[index] for index in state.rejections):
-            if layer.stands_for is not None:
-                state.conversions.undo(layer.stands_for)
-        _compile(state, dispatch)
-        state.watches = _watch(model, state)  # last, so that it stands in front of a region that is the model itself
+        _compile(state, dispatch, dynamic, settings)
+        # last, so that watches stand in front of regions
+        state.watches = watch_modality(model, state.layers, region, lambda: not state.runtime.keeps_all)
         state.runtime.set_bounds(bounds)
     except BaseException:
         state.undo()
@@ -171,10 +169,29 @@ def report(model: nn.Module) -> Report:
     Raises:
         NotOptimizedError: The model is not optimised.
     """
-    return _report(optimized_state(model))
+    return report_of(optimized_state(model))
 
 
-def _report(state: _Optimized) -> Report:
+def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> _Optimized:
+    """Trace every site of a model, for ``optimize`` and ``inspect``; what that changed is changed back by ``undo``."""
+    state = _Optimized(model, layers, region, rule)
+    try:
+        state.experts_before = _name_implementation(layers)
+        _check_hooks(layers, region)
+        _convert(state)
+        state.layers, state.rejections = probe(state.layers, state.runtime, dispatch, state.rejections)
+        for index in state.rejections:
+            if (block := state.layers[index].stands_for) is not None:
+                state.conversions.undo(block)
+            state.layers[index] = layers[index]
+    except BaseException:
+        state.undo()
+        raise
+    return state
+
+
+def report_of(state: _Optimized) -> Report:
+    """Return how each traced site ended."""
     records = [state.runtime.sites.get(i) or state.rejections[i] for i in range(len(state.layers))]
     sites = tuple(_site_report(layer, record) for layer, record in zip(state.layers, records, strict=True))
     return Report(state.model_name, state.region, sites, state.runtime.graphs)
@@ -203,6 +220,11 @@ def optimized_state(model: nn.Module) -> _Optimized:
     return state
 
 
+def is_optimized(model: nn.Module) -> bool:
+    """Return whether ``optimize`` was called on the model and not undone."""
+    return isinstance(getattr(model, _ATTRIBUTE, None), _Optimized)
+
+
 def _site_report(layer: MoeLayer, record: SiteRecord) -> SiteReport:
     found = {item.name: getattr(record, item.name) for item in fields(SiteReport) if item.name != "name"}
     if record.status == "rewritten" and layer.stands_for is not None:
@@ -210,8 +232,19 @@ def _site_report(layer: MoeLayer, record: SiteRecord) -> SiteReport:
     return SiteReport(layer.name, **found)
 
 
+def no_moe_layer(model: nn.Module) -> str:
+    """Say why a model has no site that could be looked at."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    experts = {name: getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    named = [f"{name} {number}" for name, number in experts.items() if isinstance(number, int) and number > 1]
+    why = f"its config names {named[0]}, but they are dispatched another way" if named else "there is nothing to skip"
+    interface = "transformers' experts interface (transformers.integrations.moe)"
+    return f"{type(model).__name__} has no MoE layer that uses {interface}: {why}."
+
+
 def _no_site(state: _Optimized) -> NoRoutingSiteError:
-    found = _report(state)
+    found = report_of(state)
     first = found.sites[0]
     return NoRoutingSiteError(
         f"No routing site rewritten in {state.model_name}: {found.found} found, {found.found} rejected ({found.reasons()}). "
@@ -249,12 +282,14 @@ def _resolve(
     return plan, plan.bounds(num_layers, target)
 
 
-def _use_grouped_mm(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
-    """Make the experts dispatch in the form that can be traced; return their configs and what each named before."""
-    configs: dict[int, Any] = {id(layer.experts.config): layer.experts.config for layer in layers if layer.form is None}
+def _name_implementation(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
+    """Make the experts run what ``modes_fx.experts`` says; return their configs and what each named before."""
+    configs: dict[int, Any] = {
+        id(layer.experts.config): layer.experts.config for layer in layers if layer.form is None and layer.stands_for is None
+    }
     before = [(config, config._experts_implementation) for config in configs.values()]
     for config in configs.values():
-        config._experts_implementation = _EXPERTS_IMPLEMENTATION
+        config._experts_implementation = IMPLEMENTATION
     return before
 
 
@@ -269,25 +304,27 @@ def _convert(state: _Optimized) -> None:
         )
 
 
-def _watch(model: nn.Module, state: _Optimized) -> list[ModalityWatch]:
-    """Watch the model, and each module on the way down to the regions that can be called with tokens of its own."""
-    vision_ids, sees_images = token_ids_for(model)
-    compiled = {id(module) for layer in state.layers for module in layer.region(state.region).modules()}
-    outer = (module for module in model.modules() if id(module) not in compiled)
-    above = [module for module in outer if any(part is state.layers[0].place for part in module.modules())]
-    takes_tokens = [module for module in above if "inputs_embeds" in inspect.signature(module.forward).parameters]
-    return [
-        ModalityWatch(module, vision_ids, sees_images=sees_images, required=lambda: not state.runtime.keeps_all)
-        for module in takes_tokens or [model]
-    ]
+def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
+    """Refuse to compile over what accelerate wraps around modules to move their weights; a block is then left as it is."""
+    for module in {id(layer.region(region)): layer.region(region) for layer in layers if region != "moe"}.values():
+        if has_accelerate_hooks(module):
+            raise ModelError(
+                f"accelerate's hooks move weights inside {type(module).__name__}, which cannot be traced as one graph. "
+                'Use region="moe".'
+            )
 
 
-def _compile(state: _Optimized, dispatch: Dispatch) -> None:
-    backend = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
+def _compile(state: _Optimized, dispatch: Dispatch, dynamic: bool | None, settings: Mapping[str, Any]) -> None:
+    skip = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
+    backend = partial(skip, **settings)
     regions: dict[type, list[nn.Module]] = {}
-    for index, layer in enumerate(state.layers):
+    rewritten = [layer for index, layer in enumerate(state.layers) if index in state.runtime.sites]
+    for layer in rewritten:
         module = layer.region(state.region)
-        if index in state.runtime.sites and not any(module is known for known in regions.get(type(module), ())):
+        # A stand-in's experts alone, where its router cannot be traced, are compiled in place: no interface calls them.
+        in_place = module is not layer.experts or layer.stands_for is not None
+        if in_place and not any(module is known for known in regions.get(type(module), ())):
             regions.setdefault(type(module), []).append(module)
     for modules in regions.values():
-        state.regions.add(modules, backend, share=state.region == "moe")
+        state.regions.add(modules, backend, dynamic, share=state.region == "moe")
+    state.regions.add_alone([layer.experts for layer in rewritten if layer.stands_for is None], backend, dynamic)

@@ -11,9 +11,11 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from modes_fx.backend import Compiled, SkipBackend
+from modes_fx.errors import ModelError
+from modes_fx.experts import stock_dispatch
 from modes_fx.passes.site import Reject, SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
-from modes_fx.regions import MoeLayer, compiled_caller
+from modes_fx.regions import MoeLayer, compiled_caller, has_accelerate_hooks
 from modes_fx.runtime import ModelRuntime
 
 
@@ -38,11 +40,13 @@ def probe(
         if index in refused:
             probed.append(layer)
             continue
-        for module in dict.fromkeys((layer.block, layer.experts)):
+        candidates = (layer.experts,) if has_accelerate_hooks(layer.block) else (layer.block, layer.experts)
+        for module in dict.fromkeys(candidates):
             kind = type(module)
             if kind not in callers:
                 backend = SkipBackend(runtime, runtime.rule.keep, dispatch, _run_uncompiled)
-                callers[kind] = compiled_caller(backend)
+                hooked = has_accelerate_hooks(module)  # the hooks run outside of what is compiled
+                callers[kind] = compiled_caller(backend, stock_dispatch) if hooked else compiled_caller(backend)
             try:
                 with torch.no_grad():
                     output = callers[kind](module, *_two_tokens(layer, module))
@@ -53,8 +57,10 @@ def probe(
                 refusals[kind] = SiteRecord("", layer.name, "rejected", reason.code, reason.detail)
                 runtime.rejections = []
             except Exception as error:  # whatever a model's code raises is the reason, and is reported
-                refusals[kind] = SiteRecord("", layer.name, "rejected", "NOT_TRACEABLE", _first_line(error))
+                refusals[kind] = SiteRecord("", layer.name, "rejected", "NOT_TRACEABLE", _reason(error))
             if index in runtime.sites:
+                if module is layer.experts:  # it was given one expert a token; what its router chooses the first forward shows
+                    runtime.sites[index] = replace(runtime.sites[index], top_k=0)
                 layer = replace(layer, block=module)
                 break
             if runtime.rejections:
@@ -68,7 +74,22 @@ def probe(
 
 
 def _run_uncompiled(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
+    if any(isinstance(value, Tensor) and value.device.type == "meta" for value in inputs):
+        # No weights: shapes are all there is, and the number of kept pairs depends on data.
+        return lambda *values: fx.node.map_arg(_results(module), lambda node: _like(node.meta["example_value"]))
     return module.forward
+
+
+def _results(module: fx.GraphModule) -> Any:
+    return next(node for node in module.graph.nodes if node.op == "output").args[0]
+
+
+def _like(value: Any) -> Any:
+    """Return an empty tensor of a fake one's shape; a length that no input tells is 0."""
+    if not isinstance(value, Tensor):
+        return value
+    shape = [size if isinstance(size, int) else size.node.hint or 0 for size in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
 def _check_stand_in(layer: MoeLayer, output: Any) -> None:
@@ -81,6 +102,8 @@ def _check_stand_in(layer: MoeLayer, output: Any) -> None:
         Reject: ``COMPUTES_OTHERWISE``.
     """
     tokens = _two_tokens(layer, layer.block)
+    if tokens[0].device.type == "meta":
+        return  # nothing is computed
     with torch.no_grad():
         wanted = tree_leaves(layer.place.forward(*tokens))
         actual = tree_leaves(layer.block(*tokens) if output is None else output)
@@ -104,6 +127,8 @@ def _two_tokens(layer: MoeLayer, module: nn.Module) -> tuple[Tensor, ...]:
     return hidden, ids, torch.ones(2, 1, dtype=weight.dtype, device=weight.device)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, ModelError) and error.__cause__ else error  # dynamo's, without our advice
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
+    context = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
+    return f"{type(cause).__name__}: {'; '.join((lines[0], *context))}"

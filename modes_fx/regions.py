@@ -6,22 +6,36 @@ same model. ``"moe"``: each MoE block. ``"layer"``: each decoder layer. ``"model
 
 from __future__ import annotations
 
+import functools
 import itertools
 import types
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+from torch._dynamo.decorators import skip
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from modes_fx.convert import Form, convertible
 from modes_fx.errors import ModelError, ModesFxError
+from modes_fx.experts import call_as_region, run_alone, stock_dispatch
 
 Region = Literal["moe", "layer", "model"]
 
 _serial = itertools.count()
+_SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
+_HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
+_REASON = "modes_fx compiles this region itself"
+_running: ContextVar[nn.Module | None] = ContextVar("modes_fx_region", default=None)
+
+
+def running_region() -> nn.Module | None:
+    """Return the region that runs compiled in this context, or None outside any."""
+    return _running.get()
 
 
 @dataclass(frozen=True)
@@ -97,53 +111,92 @@ class CompiledRegions:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[nn.Module, Any, Any]] = []
+        self._before: list[tuple[nn.Module, Any]] = []
+        self._alone: list[tuple[nn.Module, Any]] = []
+        self._suspended = False
 
-    def add(self, modules: list[nn.Module], backend: Callable[..., Any], *, share: bool) -> None:
+    def add(self, modules: list[nn.Module], backend: Callable[..., Any], dynamic: bool | None, *, share: bool) -> None:
         """Compile modules in place; ``share`` one cache of graphs among them (they differ by their parameters alone)."""
-        caller = compiled_caller(backend)
+        caller = compiled_caller(backend, dynamic=dynamic)
         for module in modules:
-            self._calls.append((module, module._compiled_call_impl, types.MethodType(caller, module)))
+            before = module._compiled_call_impl
+            self._before.append((module, before))
+            module._compiled_call_impl = functools.partial(self._call, caller, before, module)
             if not share:
-                caller = compiled_caller(backend)
+                caller = compiled_caller(backend, dynamic=dynamic)
+
+    def add_alone(self, experts: list[nn.Module], backend: Callable[..., Any], dynamic: bool | None) -> None:
+        """Compile experts modules for calls that pass the regions around them by; see ``modes_fx.experts``."""
+        call = compiled_caller(backend, stock_dispatch, dynamic=dynamic)
+        self._alone += [(module, call) for module in experts]
         self.resume()
 
+    @skip  # a torch.compile around the model begins below this call
+    def _call(self, compiled: Callable[..., Any], before: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self._suspended:
+            return (before or module._call_impl)(*args, **kwargs)
+        return compiled(module, *args, **kwargs)
+
     def suspend(self) -> None:
-        """Give each module back the call that it had, until ``resume``."""
-        for module, before, _ in self._calls:
-            module._compiled_call_impl = before
+        """Let each module run as it did before, until ``resume``; what stands in front of its call stays there."""
+        self._suspended = True
+        for experts, _ in self._alone:
+            run_alone(experts, None)
 
     def resume(self) -> None:
-        """Compile the modules again, with the graphs that they had."""
-        for module, _, call in self._calls:
-            module._compiled_call_impl = call
+        """Let the modules run compiled again, with the graphs that they had."""
+        self._suspended = False
+        for experts, call in self._alone:
+            run_alone(experts, call)
+
+    def remove(self) -> None:
+        """Give each module back the call that it had, for good."""
+        self.suspend()
+        for module, before in self._before:
+            module._compiled_call_impl = before
 
 
-def compiled_caller(backend: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``call(module, *args, **kwargs)``, compiled, with a cache of graphs of its own."""
+def _call_region(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return call_as_region(module, args, kwargs)
+
+
+def compiled_caller(
+    backend: Callable[..., Any], function: Callable[..., Any] = _call_region, *, dynamic: bool | None = None
+) -> Callable[..., Any]:
+    """Return ``function(module, *args, **kwargs)``, compiled, with a cache of graphs of its own."""
 
     def call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
+        return function(module, *args, **kwargs)
 
     # Which dimensions vary dynamo remembers by file, line and name: another name keeps one model's sizes from another's.
     name = f"call_module_{next(_serial)}"
-    own = types.FunctionType(call_module.__code__.replace(co_name=name), call_module.__globals__, name)
-    compiled = torch.compile(own, backend=backend, fullgraph=True)
+    code = call_module.__code__.replace(co_name=name)
+    own = types.FunctionType(code, call_module.__globals__, name, None, call_module.__closure__)
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
 
+    @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outside = _running.set(module)
         try:
             return compiled(module, *args, **kwargs)
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, ModesFxError):  # say what is wrong, without dynamo's wrapping
                 raise error.inner_exception from None
             raise
-        except Unsupported as error:
+        except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
             raise ModelError(
                 f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
-                'Use region="moe", which leaves attention and caches alone.'
+                + (_HOOKS_CAME_LATER if has_accelerate_hooks(module) else _SMALLER_REGION)
             ) from error
+        finally:
+            _running.reset(outside)
 
-    return call
+    return call  # type: ignore[no-any-return]
+
+
+def has_accelerate_hooks(module: nn.Module) -> bool:
+    """Return whether accelerate moves weights inside a module when it is called (offloading, several devices)."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
 def _first_line(error: Exception) -> str:

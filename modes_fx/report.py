@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modes_fx.errors import ModesFxError
 from modes_fx.modality import MODALITIES, PADDING, Phase, Tokens
+from modes_fx.passes.site import SiteRecord
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
@@ -94,6 +95,34 @@ class Report:
         title += f" ({len(self.converted)} converted)" if self.converted else ""
         headers = ("site", "status", "form", "dispatch", "K", "E", "reason")
         return f"{title}\n{tabulate(rows, headers=headers)}"
+
+
+@dataclass
+class GraphReport:
+    """What ``torch.compile(model, backend="modes_fx", options={"report": report})`` made of each graph.
+
+    A model that does not trace whole is compiled in parts, one graph each, when it first runs.
+
+    Attributes:
+        graphs: For each graph, in the order of compilation, what became of its candidate sites; () where it has none.
+    """
+
+    graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
+
+    @property
+    def sites(self) -> tuple[SiteRecord, ...]:
+        """The candidate sites of all graphs."""
+        return tuple(site for graph in self.graphs for site in graph)
+
+    def __str__(self) -> str:
+        rows = [
+            (index, site.source or site.anchor, site.status, site.form, site.dispatch or "-", site.code or "-")
+            for index, graph in enumerate(self.graphs)
+            for site in graph
+        ]
+        rewritten = sum(site.status == "rewritten" for site in self.sites)
+        title = f"{len(self.graphs)} graphs: {len(self.sites)} sites found, {rewritten} rewritten"
+        return f"{title}\n{tabulate(rows, headers=('graph', 'site', 'status', 'form', 'dispatch', 'reason'))}"
 
 
 class SkipStats:
@@ -178,9 +207,9 @@ class SkipStats:
             top_k: K.
             perm: int64 [N], dispatched pairs as token * K + rank, in expert order.
             offsets: int32 [E], end of each expert's rows: the last is the number of rows computed.
-            tokens: The forward's tokens.
+            tokens: The tokens that were routed.
         """
-        classes = tokens.flat(perm.device)
+        classes = tokens.ids.reshape(-1).to(perm.device)
         routed = torch.bincount(classes, minlength=PADDING + 1) * top_k
         dispatched = perm[: int(offsets[-1])]
         kept = torch.bincount(classes[dispatched // top_k], minlength=PADDING + 1)

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modes_fx import modality
-from modes_fx.errors import ModalityError, NotOptimizedError
-from modes_fx.modality import PADDING
+from modes_fx.errors import ModalityError, ModelError, NotOptimizedError
+from modes_fx.modality import PADDING, Tokens
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Binding, Rewritten
 from modes_fx.policy import Rule
-from modes_fx.regions import MoeLayer
+from modes_fx.regions import MoeLayer, running_region
 from modes_fx.report import SkipStats
 
 
@@ -41,7 +41,8 @@ class ModelRuntime:
             self._bounds = torch.full((len(layers), self.num_classes), rule.keep_all)
             self._bounds[:, PADDING] = rule.skip_all
         self._on_device: dict[tuple[int, torch.device], Tensor] = {}
-        self._layer_of: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # by id; weak, since offloading makes new tensors
+        # By the ids of weight and region; weak, since offloading makes new tensors.
+        self._layer_of: dict[tuple[int, int], tuple[weakref.ref[Tensor], int]] = {}
 
     @property
     def recording(self) -> bool:
@@ -68,8 +69,9 @@ class ModelRuntime:
     def bind(self, binding: Binding, inputs: Sequence[Any]) -> tuple[int, Tensor, Tensor]:
         """Return the layer's index, the classes of its tokens and its bounds; see ``backend.Runtime.bind``."""
         weights = [inputs[position] for position in binding.weight_inputs]
-        known = self._layer_of.get(id(weights[0]))
-        layer = known[1] if known is not None and known[0]() is weights[0] else self._find(weights, binding)
+        region = running_region()
+        known = self._layer_of.get((id(weights[0]), id(region)))
+        layer = known[1] if known is not None and known[0]() is weights[0] else self._find(weights, binding, region)
         self.sites[layer] = binding.record
         device = weights[0].device
         row = self._on_device.get((layer, device))
@@ -78,18 +80,32 @@ class ModelRuntime:
                 row = self._on_device[layer, device] = self._bounds[layer].clone().to(device)
         return layer, self._token_classes(binding.token_count(inputs), device), row
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
         """Count the pairs that were dispatched."""
-        tokens = modality.running()
-        if tokens is not None:
-            self.stats.count(layer, top_k, perm, offsets, tokens)
+        running = modality.running()
+        if running is not None:
+            self.stats.count(layer, top_k, perm, offsets, Tokens(token_class, running.phase))
 
-    def _find(self, weights: Sequence[Tensor], binding: Binding) -> int:
+    def _find(self, weights: Sequence[Tensor], binding: Binding, region: nn.Module | None) -> int:
         """Look a layer up by its parameters as they are now (offloading replaces them)."""
-        for index, layer in enumerate(self.layers):
-            if any(own is weight for own in layer.experts.parameters() for weight in weights):
-                self._layer_of[id(weights[0])] = (weakref.ref(weights[0]), index)
-                return index
+        found = [
+            index
+            for index, layer in enumerate(self.layers)
+            if any(own is weight for own in layer.experts.parameters() for weight in weights)
+        ]
+        if len(found) > 1 and region is not None:  # tied weights: an encoder's and a decoder's, say
+            inside = {id(module) for module in region.modules()}
+            found = [index for index in found if id(self.layers[index].experts) in inside]
+        if len(found) == 1:
+            if len(self._layer_of) > 8 * len(self.layers):  # forget weights that offloading has replaced
+                self._layer_of = {key: known for key, known in self._layer_of.items() if known[0]() is not None}
+            self._layer_of[id(weights[0]), id(region)] = (weakref.ref(weights[0]), found[0])
+            return found[0]
+        if found:
+            raise ModelError(
+                f"The MoE layers {', '.join(self.layers[index].name for index in found)} share their weights inside one "
+                'compiled region, where they cannot be told apart. Use region="moe".'
+            )
         raise NotOptimizedError(
             f"The experts' weights {binding.sources[0]} belong to no MoE layer of the optimised model; they were replaced "
             "after optimize(). Call modes_fx.restore(model) and modes_fx.optimize(model) again."
@@ -104,8 +120,4 @@ class ModelRuntime:
                 "An MoE block ran outside a forward of the optimised model, so its tokens' modality is unknown. Call the model "
                 "itself, or restore it first."
             )
-        if running.ids.numel() != tokens:
-            raise ModalityError(
-                f"An MoE block was called with {tokens} tokens, but the running forward has {list(running.ids.shape)}."
-            )
-        return running.flat(device)
+        return running.flat(tokens, device)

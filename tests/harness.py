@@ -77,7 +77,7 @@ class FixedRuntime:
         assert len(classes) == tokens
         return 0, classes, self.bounds
 
-    def record(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor) -> None:
+    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
         self.recorded.append((perm, offsets))
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 Keep = Callable[[Tensor, Tensor], Tensor]
+Told = Callable[[str, int], tuple[Tensor, int]]
+"""``told(name, tokens) -> classes, phase``: the classes of the tokens that an experts module of that name is called with."""
 
 
 def at_least(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
@@ -52,12 +54,13 @@ class Oracle:
         self.routed = torch.zeros(len(self._experts), 2, 2, dtype=torch.int64)  # [layer, modality, phase]
         self.kept = torch.zeros_like(self.routed)
         self.weights = [[] for _ in self._experts]
+        names = {module: name for name, module in self.model.named_modules()}
         for layer, experts in enumerate(self._experts):
-            experts.register_forward_pre_hook(self._silence(layer))
+            experts.register_forward_pre_hook(self._silence(layer, names[experts]), with_kwargs=True)
 
-    def __call__(self, classes: Tensor, phase: int = 0, **inputs: Any) -> Any:
-        """Run one forward of tokens of the given classes: 0 text, 1 vision, 2 padding."""
-        self._classes, self._phase = classes.reshape(-1), phase
+    def __call__(self, classes: Tensor | Told, phase: int = 0, **inputs: Any) -> Any:
+        """Run one forward of tokens of the given classes: 0 text, 1 vision, 2 padding; or told for each experts module."""
+        self._told = classes if callable(classes) else lambda name, tokens: (classes.reshape(-1), phase)
         with torch.no_grad():
             return self.model(**{name: self._cast(value) for name, value in inputs.items()})
 
@@ -65,32 +68,40 @@ class Oracle:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(self.dtype) if floating else value
 
-    def _silence(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden, ids, weights_TK = args
+    def _silence(self, layer: int, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            hidden, ids, weights_TK = (*args, *kwargs.values())
             self.weights[layer].append(weights_TK.detach().clone())
             bounds = torch.zeros(2) if self.bounds is None else self.bounds[layer]
             drop_all = 0.0 if self.keep is largest else float("inf")
             if self.bounds is None and self.keep is largest:
                 bounds = torch.full((2,), float("inf"))
-            keep = self.keep(weights_TK, torch.cat([bounds, torch.tensor([drop_all])])[self._classes])
+            classes, phase = self._told(name, len(weights_TK))
+            keep = self.keep(weights_TK, torch.cat([bounds, torch.tensor([drop_all])])[classes])
             for modality in range(2):
-                mine = self._classes == modality
-                self.routed[layer, modality, self._phase] += int(mine.sum()) * weights_TK.shape[1]
-                self.kept[layer, modality, self._phase] += int(keep[mine].sum())
-            return hidden, ids, torch.where(keep, weights_TK, torch.zeros_like(weights_TK))
+                mine = classes == modality
+                self.routed[layer, modality, phase] += int(mine.sum()) * weights_TK.shape[1]
+                self.kept[layer, modality, phase] += int(keep[mine].sum())
+            return (hidden, ids, torch.where(keep, weights_TK, torch.zeros_like(weights_TK))), {}
 
         return hook
 
 
 def experts_of(model: nn.Module) -> list[nn.Module]:
-    """Return the experts modules in layer order, told by their name."""
-    return [module for name, module in model.named_modules() if name.endswith("mlp.experts")]
+    """Return the experts modules in layer order: those whose forward asks transformers' interface for a dispatch."""
+    return [module for module in model.modules() if "experts_interface" in _free_variables(type(module).forward)]
 
 
-def random_bounds(model: nn.Module, classes: Tensor, seed: int = 0, **inputs: Any) -> Tensor:
+def _free_variables(function: Any) -> tuple[str, ...]:
+    code = getattr(function, "__code__", None)
+    return code.co_freevars if code else ()
+
+
+def random_bounds(
+    model: nn.Module, classes: Tensor | Told, seed: int = 0, dtype: torch.dtype = torch.float64, **inputs: Any
+) -> Tensor:
     """Return [L, 2] bounds between the smallest and the largest weight that the model dispatches, one layer at both ends."""
-    unskipped = Oracle(model, None)
+    unskipped = Oracle(model, None, dtype)
     unskipped(classes, **inputs)
     generator = torch.Generator().manual_seed(seed)
     bounds = torch.empty(len(unskipped.weights), 2)

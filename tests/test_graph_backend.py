@@ -4,14 +4,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._inductor import compile_fx
 
 import modes_fx
 from modes_fx.errors import ModalityError, PlanError
 from modes_fx.plan import PlanPoint, SkipPlan
 from tests import tiny
 from tests.harness import plan_of, relative_error
-from tests.oracle import Oracle, random_bounds
+from tests.oracle import Oracle, experts_of, random_bounds
 
 LAYERS = tuple(f"model.layers.{i}.mlp.experts" for i in range(2))
 
@@ -75,3 +77,66 @@ def test_a_layer_that_cannot_be_told_is_refused() -> None:
     plan = SkipPlan((PlanPoint(None, 0.1, 0.1),), ((0.5, 0.5), (0.5, 0.5)), ("elsewhere.0", "elsewhere.1"))
     with pytest.raises(PlanError, match="importances by layer"):
         run(model, {"plan": plan}, input_ids=tiny.text_batch(1, 4)["input_ids"])
+
+
+class Household(nn.Module):
+    """A user's own module, which merely contains experts."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.before = nn.Linear(32, 32)
+        self.router = nn.Linear(32, 6)
+        self.experts = experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        weights, ids = self.router(x).softmax(-1).topk(3)
+        return x + self.experts(x, ids, weights)
+
+
+def test_a_users_own_module_is_rewritten_and_reported() -> None:
+    module = Household(experts_of(tiny.make("qwen3_moe"))[0])
+    report, x = modes_fx.GraphReport(), torch.randn(5, 32)
+    with torch.no_grad():
+        everything = module(x)
+        options = {"plan": SkipPlan.uniform(text=2.0, vision=2.0), "report": report}
+        nothing = torch.compile(module, backend="modes_fx", options=options)(x)
+    assert (nothing - module.before(x)).abs().max() <= 1e-6
+    assert (everything - nothing).abs().max() > 1e-2
+    assert [(site.status, site.form, site.num_experts) for site in report.sites] == [("rewritten", "grouped_mm", 6)]
+    assert "1 sites found, 1 rewritten" in str(report)
+
+
+def test_a_model_in_parts_reports_what_is_rewritten_in_each() -> None:
+    model = tiny.make("qwen3_moe")
+    plain = model.model.layers[0].forward
+    model.model.layers[0].forward = lambda *args, **kwargs: (torch._dynamo.graph_break(), plain(*args, **kwargs))[1]
+    report = modes_fx.GraphReport()
+    ids = tiny.text_batch(1, 4)["input_ids"]
+    run(model, {"report": report}, input_ids=ids)
+    assert len(report.graphs) > 1
+    assert sum(bool(graph) for graph in report.graphs) >= 1
+    assert [site.status for site in report.sites] == ["rewritten"] * 2
+
+
+@pytest.mark.parametrize("how", [{"mode": "no-such-mode"}, {"no_such_setting": True}])
+def test_unknown_settings_of_inductor_are_refused(how: dict[str, object]) -> None:
+    with pytest.raises(BackendCompilerFailed, match=r"no.such"):
+        run(tiny.make("qwen3_moe"), how, input_ids=tiny.text_batch(1, 4)["input_ids"])
+
+
+def test_modes_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, object]] = []
+
+    def note(module: fx.GraphModule, inputs: object, config_patches: dict[str, object] | None = None) -> object:
+        seen.append(dict(config_patches or {}))
+        return module.forward
+
+    monkeypatch.setattr(compile_fx, "compile_fx", note)
+    ids = tiny.text_batch(1, 4)["input_ids"]
+    run(tiny.make("qwen3_moe"), {"mode": "max-autotune-no-cudagraphs", "epilogue_fusion": False}, input_ids=ids)
+    with torch.no_grad():
+        torch.compile(tiny.make("qwen3_moe"), backend="modes_fx", mode="max-autotune-no-cudagraphs", dynamic=True)(ids)
+        modes_fx.optimize(tiny.make("qwen3_moe"), mode="max-autotune-no-cudagraphs", options={"epilogue_fusion": False})(ids)
+    assert all(settings["max_autotune"] for settings in seen)
+    assert {settings.get("epilogue_fusion") for settings in (seen[0], seen[-1])} == {False}

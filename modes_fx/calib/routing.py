@@ -52,7 +52,7 @@ class RoutingRecorder:
             tokens = modality.running()
             if tokens is None:
                 return
-            classes = tokens.flat(weights_TK.device)
+            classes = tokens.flat(len(weights_TK), weights_TK.device)
             for index in range(len(MODALITIES)):
                 chosen = weights_TK[classes == index].reshape(-1)
                 self.pairs[index] += chosen.numel()

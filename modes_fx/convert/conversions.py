@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from modes_fx.convert.form import StandIn
@@ -66,6 +67,7 @@ class _Call:
         self._block = block
         self._stand_in = stand_in
 
+    @torch._dynamo.disable(reason="a block that modes_fx converted is compiled on its own")  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._block.training:
             raise NotOptimizedError(

@@ -96,7 +96,8 @@ def _projections(experts: nn.ModuleList) -> list[tuple[nn.Linear, nn.Linear, nn.
         if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
             raise Reject("EXPERTS_NOT_PLAIN", f"an expert's {type(linear).__name__} is no plain nn.Linear without a bias")
     weights = [linear.weight for projections in found for linear in projections]
-    if any(weight.device.type == "meta" for weight in weights):
+    on_meta = sum(weight.device.type == "meta" for weight in weights)
+    if 0 < on_meta < len(weights):  # all of them: a model without weights, that is only looked at
         raise Reject("WEIGHTS_NOT_LOADED", "some experts' weights are on the meta device (offloaded, or not loaded yet)")
     kinds = {(type(weight), weight.dtype, weight.device) for weight in weights}
     shapes = {tuple(tuple(linear.weight.shape) for linear in projections) for projections in found}

@@ -1,5 +1,7 @@
 """What is particular to blocks with a ``moe_infer``: gates that cannot be traced, hooks, Inductor's code."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -80,3 +82,16 @@ def test_older_code_without_shared_experts_is_known_too() -> None:
     block = remote.DeepseekBlock(Config)
     found = modes_fx.regions.find_moe_layers(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": block})])}))
     assert [(layer.name, layer.block) for layer in found] == [("layers.0.mlp.experts", block)]
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_inspecting_tells_what_optimising_does_and_leaves_an_optimised_model_so() -> None:
+    model = CASE.make()
+    inspected = modes_fx.inspect(model)
+    assert [(site.status, site.top_k, site.num_experts) for site in inspected.sites] == [("converted", 3, 8)] * 2
+    assert {(site.hidden_size, site.expert_width, site.parameters) for site in inspected.sites} == {(32, 16, 8 * 3 * 32 * 16)}
+    optimised = logits(modes_fx.optimize(model), INPUTS)
+    assert modes_fx.inspect(model).sites == inspected.sites
+    assert logits(model, INPUTS).equal(optimised)
+    bare = modes_fx.inspect(CASE.make().to("meta"))
+    assert [replace(site, detail="") for site in bare.sites] == list(inspected.sites)

@@ -1,43 +1,17 @@
-"""The ``modes-fx`` command."""
+"""``modes-fx demo``."""
 
 from __future__ import annotations
 
-import logging
-import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from modes_fx.errors import ModesFxError
-
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
+from modes_fx.cli.terminal import Bars, be_quiet, console
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        from modes_fx import __version__
-
-        console.print(__version__)
-        raise typer.Exit
-
-
-@app.callback()
-def modes_fx(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Skip the experts of a Mixture-of-Experts vision-language model that do not matter for a token."""
-
-
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the plan, the report and the plots.")] = Path("out/demo"),
     checkpoint: Annotated[
@@ -49,50 +23,11 @@ def demo(
     from modes_fx.demo import load
     from modes_fx.demo.run import Size, run_demo
 
-    _be_quiet()
+    be_quiet()
     size = Size(calibration_images=4, held_out_images=2, test_images=8, grid_size=6, rounds=2) if quick else Size()
-    with _Bars() as bars:
+    with Bars() as bars:
         facts = run_demo(lambda: load(folder=checkpoint), out, size=size, progress=bars)
     _print_demo(facts, out)
-
-
-class _Bars:
-    """One progress bar for each part, made when the part first reports."""
-
-    def __init__(self) -> None:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, part: str, done: int, total: int | None) -> None:
-        if part not in self._tasks:
-            for task in self._tasks.values():  # a part begins when the one before it has ended
-                self._progress.update(task, total=self._progress.tasks[task].completed)
-            self._tasks[part] = self._progress.add_task(part, total=total)
-        self._progress.update(self._tasks[part], completed=done, total=total)
-
-
-def _be_quiet() -> None:
-    """Keep other libraries' notices off the screen."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    logging.getLogger("torch").setLevel(logging.ERROR)
 
 
 def _print_demo(facts: dict[str, Any], out: Path) -> None:
@@ -136,16 +71,3 @@ def _print_demo(facts: dict[str, Any], out: Path) -> None:
         f"Stock, prefill ms and decode ms a token: {stock}. Batch {setup['batch']}, {setup['prompt_tokens']} tokens, "
         f"{setup['threads']} threads, {setup['cpu']}.\nWritten to [bold]{out}[/]: plan.json, report.json, report.html and plots"
     )
-
-
-def main() -> None:
-    """Run the command; a ``ModesFxError`` ends it with its message alone."""
-    try:
-        app()
-    except ModesFxError as error:
-        Console(stderr=True).print(f"[red]Error:[/] {error}", highlight=False)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,67 @@
+"""``modes-fx inspect``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from modes_fx.cli.terminal import be_quiet, console
+from modes_fx.errors import ModesFxError
+from modes_fx.inspection import HEADINGS, JSON_SCHEMA, Inspection
+from modes_fx.inspection import inspect as inspect_model
+
+
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model folder, a config.json (weights are not needed), or the id of a hub model."
+        ),
+    ],
+    device: Annotated[str, typer.Option(help="Where the model is meant to run: cpu or cuda.")] = "cpu",
+    each: Annotated[bool, typer.Option("--all", help="One row for each layer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
+) -> None:
+    """Say which routing sites of a model would be rewritten, and why not the others; exit 1 if none would."""
+    be_quiet()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints
+            inspection = inspect_model(model, device=device, trust_remote_code=trust_remote_code)
+    except ModesFxError as error:
+        if not as_json:
+            raise
+        typer.echo(json.dumps({"schema": JSON_SCHEMA, "error": str(error)}))
+        raise typer.Exit(1) from error
+    if as_json:
+        typer.echo(inspection.to_json())
+    else:
+        _print(inspection, each)
+    if not inspection.rewritten:
+        raise typer.Exit(1)
+
+
+def _print(inspection: Inspection, each: bool) -> None:
+    colour = "green" if not inspection.rejected and inspection.sites else "yellow" if inspection.rewritten else "red"
+    console.print(f"[bold {colour}]{escape(inspection.headline)}[/]", highlight=False)
+    if inspection.sites:
+        _, _, *sizes, _ = HEADINGS
+        table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+        table.add_column("site", overflow="fold")
+        for heading in sizes:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for (path, family, *numbers, verdict), site in inspection.rows(each=each):
+            colour = "green" if site.status != "rejected" else "red"
+            table.add_row(f"{escape(path)}\n[dim]{escape(family)}[/]  [{colour}]{escape(verdict)}[/]", *numbers)
+        console.print(table)
+    for line in inspection.explanations():
+        console.print(escape(line), highlight=False)

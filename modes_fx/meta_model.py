@@ -1,0 +1,114 @@
+"""From the name of a model to the model without its weights: the modules and shapes are real, no memory is taken."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from modes_fx.errors import ModelError
+
+# In this order: a vision-language model is often listed among the language models too, for its language part alone.
+_AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+
+
+def read_config(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read a model's config.
+
+    Args:
+        source: A folder that holds a ``config.json``, such a file, or the id of a model on the Hugging Face hub.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Raises:
+        ModelError: There is no such model, its config cannot be read, or the installed transformers does not know its kind.
+    """
+    where = _locate(source)
+    try:
+        content, _ = PretrainedConfig.get_config_dict(where)
+    except (OSError, ValueError) as error:
+        hint = "" if os.path.exists(where) else _HUB_HINT
+        raise ModelError(f"Cannot read the config of {where}: {_one_line(error)}{hint}") from error
+    kind = content.get("model_type")
+    if "auto_map" in content and kind not in CONFIG_MAPPING and not trust_remote_code:
+        raise ModelError(
+            f"{where} has model_type {kind!r}, which transformers {transformers.__version__} does not know, and brings Python "
+            "code of its own. If you trust that code, pass trust_remote_code=True (--trust-remote-code)."
+        )
+    if "auto_map" not in content and kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{where} has model_type {kind!r}, which the installed transformers {transformers.__version__} does not know. "
+            "Install a release that does. A model that brings Python code of its own names it under auto_map of config.json, "
+            "and needs trust_remote_code=True (--trust-remote-code)."
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a config's own code, remote code too, may raise anything
+        raise ModelError(f"The config of {where} (model_type {kind!r}) is not valid: {_one_line(error)}") from error
+    return config
+
+
+_HUB_HINT = (
+    " It is neither a file nor a folder here, so it was looked up on the Hugging Face hub. Without network, download the "
+    "model's config.json and pass its path; for a gated model, run `hf auth login` first."
+)
+
+
+def _locate(source: str | os.PathLike[str]) -> str:
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"{path} has no config.json. Pass a folder written by save_pretrained, or a config.json.")
+    if path.exists():
+        return str(path)
+    name = os.fspath(source)
+    if isinstance(source, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(".json"):
+        raise ModelError(f"There is no file or folder {path}. Pass a model folder, a config.json, or the id of a hub model.")
+    return name
+
+
+def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:
+    """Build a config's model on the meta device, in the config's dtype (bfloat16 where it names none).
+
+    Args:
+        config: Any config of a language or vision-language model; it is left as it is.
+        trust_remote_code: Whether Python code that comes with the model may run.
+
+    Returns:
+        The model that ``architectures`` names, else the one of transformers' auto classes, in eval mode.
+
+    Raises:
+        ModelError: No model belongs to the config, or it cannot be built.
+    """
+    if not isinstance(config, PretrainedConfig):
+        raise ModelError(f"A model, its config, or the name of one is needed, got {type(config).__name__}.")
+    config = copy.deepcopy(config)
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
+    try:
+        with torch.device("meta"):
+            model: nn.Module = _build(config, dtype, trust_remote_code)
+    except ModelError:
+        raise
+    except Exception as error:  # a model's own code, remote code too, may raise anything
+        raise ModelError(f"Cannot build the {config.model_type} model of this config: {_one_line(error)}") from error
+    return model.eval()
+
+
+def _build(config: PretrainedConfig, dtype: Any, trust_remote_code: bool) -> Any:
+    named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
+    if named and isinstance(named[0], type) and issubclass(named[0], transformers.PreTrainedModel):
+        return named[0]._from_config(config, dtype=dtype)
+    remote = getattr(config, "auto_map", None) or {}
+    for name in _AUTO_CLASSES:
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping or (trust_remote_code and name in remote):
+            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    raise ModelError(f"transformers {transformers.__version__} has no language model for model_type {config.model_type!r}.")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,99 @@
+"""Print the table of the README that says what becomes of each model family: ``python -m tests.families.coverage``.
+
+Every line is found out by running ``optimize`` on a tiny model of the family.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+from torch import nn
+
+import modes_fx
+from tests.families.family import Family, outcome
+from tests.families.text import TEXT
+from tests.families.vision import VISION, WRAPPERS
+from tests.oracle import experts_of
+
+TABLES = {"text": TEXT, "vision": (*VISION, *WRAPPERS)}
+BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    family: str
+    kind: str
+    layers: str
+    outcome: str
+    experts: str
+
+
+def row(family: Family, kind: str) -> Row:
+    """Build, optimise and describe a family."""
+    model = family.build()
+    found = outcome(model)
+    if found.startswith("rejected") and not hasattr(model, "_modes_fx"):
+        return Row(family.name, kind, "-", _words(found), "-")
+    report = modes_fx.report(model)
+    experts = experts_of(model)
+    return Row(family.name, kind, f"{len(report.rewritten)} of {report.found}", _words(found), _experts(experts[0]))
+
+
+def table() -> str:
+    """Return the whole table in markdown."""
+    rows = [row(family, kind) for kind, families in TABLES.items() for family in families]
+    headers = ("family", "kind", "MoE layers rewritten", "how", "experts")
+    cells = [(f"`{item.family}`", item.kind, item.layers, item.outcome, item.experts) for item in rows]
+    return str(tabulate(cells, headers=headers, tablefmt="github"))
+
+
+def named_in(readme: str) -> dict[tuple[str, str], str]:
+    """Return what a README's table says: (family, kind) -> outcome."""
+    lines = readme.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {(family.strip("`"), kind): how for family, kind, _, how, _ in cells}
+
+
+def promised() -> dict[tuple[str, str], str]:
+    """Return what the tables of families expect, in the README's words."""
+    return {(item.name, kind): _words(item.expected) for kind, families in TABLES.items() for item in families}
+
+
+def _words(found: str) -> str:
+    how, _, code = found.partition(":")
+    return f"{how} ({code})" if code else how
+
+
+def _experts(experts: nn.Module) -> str:
+    own_gate = type(experts)._apply_gate.__name__ != "_default_apply_gate"
+    function = getattr(experts, "act_fn", None)
+    activation = getattr(function, "__name__", type(function).__name__).removesuffix("Activation")
+    parts = {
+        "own gate": own_gate,
+        f"gated {activation}": experts.has_gate and not own_gate,
+        activation: not experts.has_gate,
+        "biases": experts.has_bias,
+        "transposed": experts.is_transposed,
+        "normed": experts.has_post_expert_norm,
+    }
+    return ", ".join(part for part, holds in parts.items() if holds)
+
+
+def main() -> None:
+    """Print the table, or write it into a file between two markers."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace what is between {BEGIN} and {END}")
+    path = parser.parse_args().write
+    text = table()
+    if path is None:
+        print(text)  # noqa: T201
+        return
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""No family of the installed transformers is missing from the tables, and none is named that is not there."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.families import coverage, scan
+
+TABLED = {family.name for families in coverage.TABLES.values() for family in families}
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_every_family_is_in_the_tables_or_named_as_no_mixture() -> None:
+    found = scan.families()
+    known = {name for name in TABLED if "-" not in name} | set(scan.NOT_MOE)  # WRAPPER-FAMILY: any model over another's
+    missing = {name: how for name, how in found.items() if name not in known}
+    assert not missing, "add a line to tests/families/text.py or vision.py, or an entry with a reason to scan.NOT_MOE"
+    assert not known - set(found), "transformers no longer has these, or they no longer hold experts"
+    assert not TABLED & set(scan.NOT_MOE)
+
+
+def test_each_table_names_a_family_once() -> None:
+    for families in coverage.TABLES.values():
+        names = [family.name for family in families]
+        assert len(names) == len(set(names))
+
+
+def test_readme_says_what_the_tables_say() -> None:
+    readme = README.read_text(encoding="utf-8")
+    if coverage.BEGIN not in readme:
+        pytest.skip("README.md has no table of families")
+    assert coverage.named_in(readme) == coverage.promised()
