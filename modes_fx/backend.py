@@ -42,8 +42,8 @@ class Runtime(Protocol):
             (float32 [num_classes]), on the experts' device.
         """
 
-    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
-        """Count the pairs that were dispatched of tokens of these classes; called only while ``recording``."""
+    def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
+        """Count the computed pairs (see ``Rewritten``) of tokens of these classes; called only while ``recording``."""
 
     @property
     def recording(self) -> bool:
@@ -142,7 +142,6 @@ def _allow_kept_lengths(module: fx.GraphModule) -> None:
 
 def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compiled:
     bindings = rewritten.bindings
-    per_site = 2 * len(bindings)
 
     def run(*inputs: Any) -> Sequence[Any]:
         layers: list[int] = []
@@ -153,9 +152,9 @@ def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compil
             added += (token_class, bounds)
         outputs = compiled(*inputs, *added)
         if runtime.recording:
-            pairs = outputs[-per_site:]
-            for i, (layer, binding) in enumerate(zip(layers, bindings, strict=True)):
-                runtime.record(layer, binding.top_k, added[2 * i], pairs[2 * i], pairs[2 * i + 1])
-        return outputs[:-per_site]
+            counted = zip(layers, bindings, added[::2], outputs[-len(bindings) :], strict=True)
+            for layer, binding, token_class, pairs in counted:
+                runtime.record(layer, binding.top_k, token_class, pairs)
+        return outputs[: -len(bindings)]
 
     return run

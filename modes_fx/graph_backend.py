@@ -114,7 +114,7 @@ class GraphRuntime:
             self._report.graphs.append(rewritten.records)
         rejected = [f"{record.code}: {record.detail}" for record in rewritten.records if record.status == "rejected"]
         if rejected or (self._takes_experts and not rewritten.bindings):
-            reasons = "; ".join(rejected) or "it holds no dispatch; does the model use the experts implementation 'grouped_mm'?"
+            reasons = "; ".join(rejected) or "it holds no dispatch; try model.set_experts_implementation('grouped_mm')"
             logger.warning("a graph computes experts; %d of its routing sites rewritten: %s", len(rewritten.bindings), reasons)
         else:
             logger.info("graph compiled: %d routing sites rewritten", len(rewritten.bindings))
@@ -138,7 +138,7 @@ class GraphRuntime:
 
         return run
 
-    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
+    def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
         """Never called: only ``optimize`` keeps statistics."""
 
     def _layer(self, source: str) -> int:

@@ -41,6 +41,7 @@ class Tokens:
     phase: Phase
     expert_groups: Tensor | None = None
     _flat: dict[tuple[torch.device, int], Tensor] = field(default_factory=dict, repr=False)
+    _groups: dict[bool, Tokens] = field(default_factory=dict, repr=False)
 
     def flat(self, tokens: int, device: torch.device) -> Tensor:
         """Return the ids as int64 [T] on ``device``; copied there once a forward.
@@ -64,11 +65,13 @@ class Tokens:
         return self._flat[key]
 
     def of_group(self, vision: bool) -> Tokens:
-        """Return those tokens that go to the experts for vision, or to the others."""
+        """Return those tokens that go to the experts for vision, or to the others; picked once a forward."""
         if self.expert_groups is None:
             return self
-        mine = self.expert_groups.reshape(-1) == vision
-        return Tokens(self.ids.reshape(-1)[mine].unsqueeze(0), self.phase)
+        if vision not in self._groups:
+            mine = self.expert_groups.reshape(-1) == vision
+            self._groups[vision] = Tokens(self.ids.reshape(-1)[mine].unsqueeze(0), self.phase)
+        return self._groups[vision]
 
 
 RUNNING: ContextVar[Tokens | None] = ContextVar("modes_fx_running", default=None)

@@ -37,6 +37,22 @@ def among_largest(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
     return (rank < bound_T.unsqueeze(1)) & (weights_TK > -math.inf)
 
 
+def keep_pairs(rule: KeepRule, weights_S: Tensor, token_class: Tensor, bounds: Tensor, top_k: int) -> Tensor:
+    """Apply a rule to dispatched weights, in float32 whatever their dtype: thresholds are never rounded.
+
+    Args:
+        rule: The rule.
+        weights_S: [T * K], token by token.
+        token_class: int64 [T].
+        bounds: float32 [number of classes].
+        top_k: K.
+
+    Returns:
+        bool [T, K].
+    """
+    return rule(weights_S.reshape(-1, top_k).float(), bounds[token_class])
+
+
 @dataclass(frozen=True)
 class Rule:
     """A keep-rule and the bounds at its two ends.

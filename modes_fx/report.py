@@ -29,7 +29,7 @@ class SiteReport:
             (``modes_fx.convert``); or ``"rejected"``.
         code: Reason code of a rejection, else "".
         detail: A sentence on it, else "".
-        form: The stock dispatch found, such as ``"grouped_mm"``.
+        form: The stock dispatch found last, ``"grouped_mm"`` or ``"batched_mm"``.
         dispatch: ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, experts a token.
         num_experts: E, experts of the layer.
@@ -128,7 +128,7 @@ class GraphReport:
 class SkipStats:
     """Counts of routed and of kept (token, expert) pairs, by layer, modality and phase.
 
-    Kept pairs are counted from the permutation that reached the grouped GEMMs, not predicted from thresholds. Recording is
+    Kept pairs are counted from the rows that the experts computed, not predicted from thresholds. Recording is
     off until asked for, and costs nothing then::
 
         with modes_fx.stats(model) as stats:
@@ -199,20 +199,18 @@ class SkipStats:
         routed = int(self._routed[index].sum())
         return 1 - int(self._kept[index].sum()) / routed if routed else float("nan")
 
-    def count(self, layer: int, top_k: int, perm: Tensor, offsets: Tensor, tokens: Tokens) -> None:
+    def count(self, layer: int, top_k: int, pairs: Tensor, tokens: Tokens) -> None:
         """Add one dispatch.
 
         Args:
             layer: Index of the layer.
             top_k: K.
-            perm: int64 [N], dispatched pairs as token * K + rank, in expert order.
-            offsets: int32 [E], end of each expert's rows: the last is the number of rows computed.
+            pairs: int64, the pair (token * K + rank) of each row computed, in any order; -1 for a row without a pair.
             tokens: The tokens that were routed.
         """
-        classes = tokens.ids.reshape(-1).to(perm.device)
+        classes = tokens.ids.reshape(-1).to(pairs.device)
         routed = torch.bincount(classes, minlength=PADDING + 1) * top_k
-        dispatched = perm[: int(offsets[-1])]
-        kept = torch.bincount(classes[dispatched // top_k], minlength=PADDING + 1)
+        kept = torch.bincount(classes[pairs[pairs >= 0] // top_k], minlength=PADDING + 1)
         phase = PHASES.index(tokens.phase)
         self._routed[layer, :, phase] += routed[:PADDING].cpu()
         self._kept[layer, :, phase] += kept[:PADDING].cpu()

@@ -80,11 +80,11 @@ class ModelRuntime:
                 row = self._on_device[layer, device] = self._bounds[layer].clone().to(device)
         return layer, self._token_classes(binding.token_count(inputs), device), row
 
-    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
-        """Count the pairs that were dispatched."""
+    def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
+        """Count the pairs that were computed."""
         running = modality.running()
         if running is not None:
-            self.stats.count(layer, top_k, perm, offsets, Tokens(token_class, running.phase))
+            self.stats.count(layer, top_k, pairs, Tokens(token_class, running.phase))
 
     def _find(self, weights: Sequence[Tensor], binding: Binding, region: nn.Module | None) -> int:
         """Look a layer up by its parameters as they are now (offloading replaces them)."""

@@ -1,7 +1,8 @@
-"""Run rewritten graphs without Inductor, and see what reaches the grouped GEMMs."""
+"""Run rewritten graphs without Inductor, and see what reaches the experts' GEMMs."""
 
 import functools
 import importlib
+import operator
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policy import RULES
 
 GEMMS = (torch.ops.transformers.grouped_mm_fallback, torch._grouped_mm)
-"""The float32 form and the bfloat16 form."""
+"""The float32 form and the bfloat16 form of ``grouped_mm``; ``batched_mm`` has ``torch.bmm``."""
 
 
 _OPTIMIZE = importlib.import_module("modes_fx.optimize")  # `modes_fx.optimize` is the function of that name
@@ -31,11 +32,19 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, compile_graph: Callable[..., A
 
 @dataclass
 class GemmLog:
-    """A ``compile_graph`` that interprets the graph node by node and notes the rows and offsets of every grouped GEMM."""
+    """A ``compile_graph`` that interprets the graph node by node and notes, of every GEMM of experts:
+
+    its rows, how many of them it computes, its input, and the experts whose matrices it reads.
+    """
 
     rows: list[int] = field(default_factory=list)
     computed: list[int] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
+    experts: list[set[int]] = field(default_factory=list)
+
+    def clear(self) -> None:
+        for noted in vars(self).values():
+            noted.clear()
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
         log = self
@@ -47,6 +56,14 @@ class GemmLog:
                     log.rows.append(args[0].shape[0])
                     log.computed.append(int(offsets[-1]))
                     log.inputs.append(args[0].detach().clone())
+                    log.experts.append(set(offsets.diff(prepend=offsets.new_zeros(1)).nonzero().flatten().tolist()))
+                if target is torch.bmm:
+                    vectors = next(operand for operand in args if 1 in operand.shape[1:])
+                    log.rows.append(len(vectors))
+                    log.computed.append(len(vectors))
+                    log.inputs.append(vectors.detach().flatten(1))
+                if target is operator.getitem and isinstance(args[1], Tensor) and args[0].dim() == 3:
+                    log.experts.append(set(args[1].tolist()))
                 return super().call_function(target, args, kwargs)
 
         return lambda *values: Noting(module).run(*values)
@@ -66,7 +83,7 @@ class FixedRuntime:
     recording: bool = False
     num_classes: int = 3
     graphs: list[Rewritten] = field(default_factory=list)
-    recorded: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    recorded: list[Tensor] = field(default_factory=list)
 
     def compiled(self, rewritten: Rewritten) -> None:
         self.graphs.append(rewritten)
@@ -77,8 +94,8 @@ class FixedRuntime:
         assert len(classes) == tokens
         return 0, classes, self.bounds
 
-    def record(self, layer: int, top_k: int, token_class: Tensor, perm: Tensor, offsets: Tensor) -> None:
-        self.recorded.append((perm, offsets))
+    def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
+        self.recorded.append(pairs)
 
 
 def compiled_block(

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 import modes_fx
 from modes_fx.errors import ModalityError, PlanError
 from modes_fx.plan import PlanPoint, SkipPlan
 from tests import tiny
-from tests.harness import plan_of, relative_error
+from tests.harness import plan_of, relative_error, uncompiled
 from tests.oracle import Oracle, experts_of, random_bounds
 
 LAYERS = tuple(f"model.layers.{i}.mlp.experts" for i in range(2))
@@ -41,6 +42,31 @@ def test_a_plan_by_layer_skips_what_the_oracle_drops() -> None:
     assert (
         relative_error(run(model, {"plan": plan, "vision_token_ids": [tiny.IMAGE]}, input_ids=ids), wanted, classes == 0) < 1e-5
     )
+
+
+def test_a_dispatch_that_is_switched_is_compiled_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+    model = tiny.make("qwen3_moe")
+    ids = tiny.text_batch(2, 5)["input_ids"]
+    classes = torch.zeros_like(ids)
+    bounds = random_bounds(model, classes, input_ids=ids)
+    bounds[:] = bounds[:1, :1]  # the same for all layers: embeddings of any graph will do
+    wanted = Oracle(model, bounds)(classes, input_ids=ids).logits
+    plan = SkipPlan.uniform(text=float(bounds[0, 0]), vision=float(bounds[0, 0]))
+    compiled = torch.compile(model, backend="modes_fx", options={"plan": plan})
+    graphs = []
+    for form in ("grouped_mm", "batched_mm", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(form)
+        with torch.no_grad():
+            actual = compiled(input_ids=ids, use_cache=False).logits
+        assert relative_error(actual, wanted, classes == 0) < 1e-5
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[2] == graphs[3]
+    assert not [
+        record for record in caplog.records if record.name.startswith("modes_fx")
+    ]  # no graph with experts was left as it was
 
 
 def test_without_a_plan_everything_is_kept() -> None:

@@ -1,16 +1,19 @@
 """optimize, restore, set_plan, report and stats on a tiny real model; graphs are rewritten and run without Inductor."""
 
+import contextlib
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch._dynamo.utils import counters
 
 import modes_fx
-from modes_fx.errors import NoRoutingSiteError, NotOptimizedError, PlanError
+from modes_fx.errors import NotOptimizedError, PlanError
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model
 from tests import oracle, tiny
 from tests.harness import logits, model_state, plan_of, relative_error
@@ -278,8 +281,53 @@ def test_a_region_that_is_the_model_itself_is_told_its_modality() -> None:
     assert model_state(headless) == before
 
 
-def test_a_dispatch_that_is_switched_afterwards_is_an_error_and_no_stock_run(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+def test_a_dispatch_that_is_switched_afterwards_is_rewritten_too(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+    bounds, classes = rotating_bounds(vlm, inputs, seed=6), tiny.classes(inputs)
+    wanted = oracle.Oracle(vlm, bounds)
+    expected = wanted(classes, **inputs, use_cache=False).logits
+    modes_fx.optimize(vlm, plan_of(bounds))
+    for form in ("batched_mm", "grouped_mm", "batched_mm"):
+        vlm.set_experts_implementation(form)
+        with modes_fx.stats(vlm) as stats:
+            stats.reset()
+            actual = logits(vlm, inputs)
+        assert relative_error(actual, expected, classes != 2) <= 2e-5
+        assert stats.pairs_routed.equal(wanted.routed)
+        assert stats.pairs_kept.equal(wanted.kept)
+        assert {(site.status, site.form) for site in modes_fx.report(vlm).sites} == {("rewritten", form)}
+    assert modes_fx.report(vlm).graphs == 2
+
+
+def test_generate_that_switches_the_dispatch_for_decoding_compiles_a_few_graphs(
+    vlm: nn.Module, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def switch(model: nn.Module) -> Iterator[None]:  # as transformers does it where the model's device is not the CPU
+        model.set_experts_implementation("batched_mm")
+        seen.append("batched_mm")
+        yield
+        model.set_experts_implementation("grouped_mm")
+
+    monkeypatch.setattr(type(vlm), "_optimize_model_for_decode", switch)
+    modes_fx.optimize(vlm)
+    assert vlm.generate(**inputs, max_new_tokens=4, do_sample=False).equal(stock)
+    assert seen
+    assert [site.form for site in modes_fx.report(vlm).sites] == ["batched_mm"] * 2
+    graphs = modes_fx.report(vlm).graphs
+    assert graphs == 2  # prefill and decoding
+    modes_fx.set_plan(vlm, PLAN)
+    with modes_fx.stats(vlm) as stats:
+        for _ in range(3):
+            vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert modes_fx.report(vlm).graphs == graphs
+    assert 0 < stats.skip_ratio(phase="decode") < 1
+
+
+def test_a_dispatch_that_cannot_be_traced_is_an_error_and_no_stock_run(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
     modes_fx.optimize(vlm, SkipPlan.uniform(text=0.2, vision=0.3))
-    vlm.set_experts_implementation("batched_mm")  # as generate does for decoding off the CPU
-    with pytest.raises(NoRoutingSiteError, match="no dispatch"):
+    vlm.set_experts_implementation("eager")
+    with pytest.raises(UserError, match="data-dependent"):
         logits(vlm, inputs)

@@ -4,9 +4,9 @@ For a ``RoutingSite``, with N <= S = T * K kept pairs::
 
     keep_TK = rule(weights_TK, bound[token_class])
     kept_N  = nonzero(keep_TK)                         data-dependent length, no host sync on a CPU
-    ids_g, order = sort(expert_ids[kept_N]);  perm_N = kept_N[order]
-    ... the site's own body, on N rows instead of S ...
-    out = zeros[T, H] (float32) .scatter_add(0, perm_N // K, weighted_NH)
+    ids_N, order = sort(expert_ids[kept_N]);  kept_N = kept_N[order]         only where the site's rows are sorted
+    ... the site's own body, on rows ids_N, weights[kept_N] and hidden[kept_N // K] ...
+    out = zeros[T, H] (float32) .scatter_add(0, kept_N // K, weighted_NH)
 
 A token, and a whole call, may keep nothing: every step works on 0 rows.
 """
@@ -18,12 +18,10 @@ from torch import Tensor, fx
 
 from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
 from modes_fx.passes.site import Reject, RoutingSite
-from modes_fx.policy import KeepRule
+from modes_fx.policy import KeepRule, keep_pairs
 
 
-def rewrite(
-    graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, bounds: fx.Node
-) -> tuple[fx.Node, fx.Node]:
+def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, bounds: fx.Node) -> fx.Node:
     """Rewrite the site in ``graph``.
 
     Args:
@@ -34,70 +32,52 @@ def rewrite(
         bounds: Node, float32 [number of classes].
 
     Returns:
-        The permutation, int64 [N], and the offsets, int32 [E], of the rows that reach the GEMMs.
+        The pair (token * K + rank) of each row that the experts compute, int64 [N].
 
     Raises:
         Reject: ``BODY_HAS_FIXED_ROWS`` when the work between the GEMMs names the number of pairs.
     """
     node = {item.name: item for item in graph.nodes}
-    sorted_ids, perm = node[site.sorted_ids], node[site.perm]
-    new_ids, new_perm = Emitter(before=node[site.sorted_ids].next).trace(
-        _select,
-        node[site.expert_ids_S],
-        node[site.weights_S],
-        token_class,
-        bounds,
-        rule=rule,
-        top_k=site.top_k,
+    ids, weights, hidden = node[site.expert_ids_S], node[site.weights_S], node[site.hidden_TH]
+    stock = [node[site.row_ids], node[site.row_weights], node[site.row_hidden]]
+    users = [list(item.users) for item in stock]  # as they are now: the selection will use some of them too
+    pairs, pair_token, *rows = Emitter.after(ids, weights, hidden).trace(
+        _select, ids, weights, hidden, token_class, bounds, rule=rule, top_k=site.top_k, sort=site.perm is not None
     )
-    sorted_ids.replace_all_uses_with(new_ids)
-    perm.replace_all_uses_with(new_perm)
-    combined = node[site.combined]
+    for old, new, using in zip(stock, rows, users, strict=True):
+        for user in using:
+            user.replace_input_with(old, new)
+    combined, weighted = node[site.combined], node[site.weighted]
     try:
-        refresh_dependents(new_perm, new_ids, until=node[site.weighted])
+        refresh_dependents(*rows, until=weighted)
     except (RuntimeError, ValueError, TypeError) as error:
         raise Reject("BODY_HAS_FIXED_ROWS", f"the work between the GEMMs needs all S rows: {error}") from error
     (summed,) = Emitter(before=combined).trace(
-        _combine,
-        node[site.weighted],
-        node[site.pair_token],
-        node[site.hidden_TH],
-        dtype=combined.meta["example_value"].dtype,
+        _combine, weighted, pair_token, hidden, dtype=combined.meta["example_value"].dtype
     )
     combined.replace_all_uses_with(summed)
-    offsets = node[site.offsets]
-    _erase_stock_order(graph, site)
-    return new_perm, offsets
-
-
-def _erase_stock_order(graph: fx.Graph, site: RoutingSite) -> None:
-    node = {item.name: item for item in graph.nodes}
-    restored = node[site.restored]
-    inverse = restored.args[1]
-    filling = [user for user in inverse.users if user is not restored]  # inverse[perm] = arange(S)
-    counts = [source for user in filling for source in user.all_input_nodes if source is not inverse]
-    erase_dead(
-        [
-            node[site.sorted_ids].args[0],
-            node[site.sorted_ids],
-            node[site.perm],
-            *counts,
-            inverse,
-            *filling,
-            restored,
-            node[site.combined].args[0],
-            node[site.combined],
-        ]
-    )
+    erase_dead([node[name] for name in site.scaffold])
+    return pairs
 
 
 def _select(
-    expert_ids: Tensor, weights: Tensor, token_class: Tensor, bounds: Tensor, *, rule: KeepRule, top_k: int
-) -> tuple[Tensor, Tensor]:
-    keep = rule(weights.reshape(-1, top_k).float(), bounds[token_class])
-    kept = keep.reshape(-1).nonzero().squeeze(1)
-    ordered = torch.sort(expert_ids[kept])
-    return ordered[0], kept[ordered[1]]
+    expert_ids: Tensor,
+    weights: Tensor,
+    hidden: Tensor,
+    token_class: Tensor,
+    bounds: Tensor,
+    *,
+    rule: KeepRule,
+    top_k: int,
+    sort: bool,
+) -> tuple[Tensor, ...]:
+    kept = keep_pairs(rule, weights, token_class, bounds, top_k).reshape(-1).nonzero().squeeze(1)
+    ids = expert_ids[kept]
+    if sort:
+        ordered = torch.sort(ids)
+        ids, kept = ordered[0], kept[ordered[1]]
+    pair_token = kept // top_k
+    return kept, pair_token, ids, weights[kept], hidden[pair_token]
 
 
 def _combine(weighted: Tensor, pair_token: Tensor, hidden: Tensor, *, dtype: torch.dtype) -> Tensor:

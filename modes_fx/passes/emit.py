@@ -41,6 +41,11 @@ class Emitter:
         before: New nodes go in front of this one.
     """
 
+    @classmethod
+    def after(cls, *nodes: fx.Node) -> Emitter:
+        """Return an emitter that puts new nodes right behind the last of these."""
+        return cls(before=max(nodes, key=list(nodes[0].graph.nodes).index).next)
+
     def __init__(self, before: fx.Node) -> None:
         self._graph = before.graph
         self._before = before

@@ -1,7 +1,8 @@
 """Whether an operation between the GEMMs works row by row, so that rows may be left out.
 
 Known operations only: pointwise ones (by the tag that PyTorch gives them) whose other operands do not vary along the rows,
-grouped GEMMs and linear layers, and structural or reducing ones that leave dimension 0 alone. Anything else is refused by name.
+grouped GEMMs and linear layers, products of one matrix a row, and structural or reducing ones that leave dimension 0 alone.
+Anything else is refused by name.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _IN_PLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": 
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "detach", "dropout"}
 _POINTWISE = {"hardswish", "logsigmoid", "log_sigmoid", "softsign"}  # composites, which carry no tag
 _ROWS_OF_MATRICES = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback", "linear", "rms_norm", "layer_norm"}
+_A_MATRIX_A_ROW = {"bmm", "baddbmm", "matmul"}
 _OVER_A_DIM = {
     "chunk", "split", "unbind", "unsqueeze", "squeeze", "sum", "mean", "amax", "amin", "norm", "softmax", "log_softmax",
     "cumsum", "narrow", "select", "flip", "roll",
@@ -46,6 +48,8 @@ def check(node: fx.Node, body: Collection[fx.Node]) -> None:
     ndim = max((value.dim() for item in inside if isinstance(value := item.meta.get("example_value"), Tensor)), default=1)
     if name in _ROWS_OF_MATRICES:
         allowed = inside == [args[0]]
+    elif name in _A_MATRIX_A_ROW:
+        allowed = ndim > 2 and all(_is_rows(item, body, ndim) for item in node.all_input_nodes)
     elif name == "getitem":
         allowed = _keeps_rows(args[1], unpacks=not isinstance(inside[0].meta.get("example_value"), Tensor))
     elif name in ("view", "reshape"):
@@ -86,6 +90,10 @@ def _varies_by_row(node: fx.Node, body: Collection[fx.Node]) -> bool:
     return any(isinstance(value, Tensor) and value.dim() == ndim and value.shape[0] != 1 for value in outside)
 
 
+def _is_rows(node: fx.Node, body: Collection[fx.Node], ndim: int) -> bool:
+    return node in body and node.meta["example_value"].dim() == ndim
+
+
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
@@ -102,9 +110,14 @@ def _keeps_rows(index: Any, *, unpacks: bool) -> bool:
     return first is Ellipsis or first == slice(None)
 
 
+def names_rows(view: fx.Node) -> bool:
+    """Return whether a view is given the number of rows, instead of -1."""
+    sizes = view.args[1] if len(view.args) == 2 and isinstance(view.args[1], (tuple, list)) else view.args[1:]
+    return bool(not sizes or sizes[0] != -1)
+
+
 def _check_view(node: fx.Node) -> None:
-    sizes = node.args[1] if len(node.args) == 2 and isinstance(node.args[1], (tuple, list)) else node.args[1:]
-    if not sizes or sizes[0] != -1:
+    if names_rows(node):
         raise Reject("BODY_HAS_FIXED_ROWS", f"{node.name} names the number of pairs", node)
     if node.meta["example_value"].shape[0] != _rows_before(node):
         raise Reject("BODY_MIXES_ROWS", f"{node.name} folds rows into other dimensions", node)

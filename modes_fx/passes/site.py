@@ -30,37 +30,39 @@ class RoutingSite:
     Shapes: T tokens, K experts a token, E experts, S = T * K pairs, H hidden.
 
     Attributes:
-        form: Dispatch form, ``"grouped_mm"``.
+        form: Dispatch form, ``"grouped_mm"`` or ``"batched_mm"``.
+        anchor: The node that was found first.
         top_k: K.
         num_experts: E.
-        expert_ids_S: int64 [S], the expert of each pair, before sorting.
-        weights_S: [S], the number that multiplies the expert's output, before sorting.
+        expert_ids_S: int64 [S], the expert of each pair.
+        weights_S: [S], the number that multiplies the expert's output of each pair.
         hidden_TH: [T, H], the rows that are gathered for the experts.
-        sorted_ids: int64 [S], ascending expert ids.
-        perm: int64 [S], the pair at each sorted position.
-        pair_token: int64 [S], ``perm // K``.
-        offsets: int32 [E], the end of each expert's rows.
-        body: Nodes between the gathers and ``weighted``, in graph order: everything that runs on sorted rows.
-        weighted: [S, H], expert outputs times weights, sorted.
-        restored: [S, H], ``weighted`` back in pair order.
+        row_ids: int64 [S], the expert of each row that the experts compute.
+        row_weights: [S], the weight of each row.
+        row_hidden: [S, H], the hidden state of each row.
+        perm: int64 [S], the pair of each row, where rows are sorted by expert; None where they stay in pair order.
+        body: Nodes from ``row_hidden`` to ``weighted``, in graph order: everything that runs on rows.
+        weighted: [S, H], expert outputs times weights.
         combined: [T, H], sum over a token's K pairs.
+        scaffold: Nodes of no use where not all pairs are rows: the stock order, its undoing, the sum.
         weight_inputs: Placeholders from which the first GEMM's expert weights come.
     """
 
     form: str
+    anchor: str
     top_k: int
     num_experts: int
     expert_ids_S: str
     weights_S: str
     hidden_TH: str
-    sorted_ids: str
-    perm: str
-    pair_token: str
-    offsets: str
+    row_ids: str
+    row_weights: str
+    row_hidden: str
+    perm: str | None
     body: tuple[str, ...]
     weighted: str
-    restored: str
     combined: str
+    scaffold: tuple[str, ...]
     weight_inputs: tuple[str, ...]
 
 
@@ -74,7 +76,7 @@ class SiteRecord:
         status: ``"rewritten"`` or ``"rejected"``.
         code: Reason code of a rejection, else "".
         detail: A sentence on the reason, else "".
-        form: Dispatch form found, ``"grouped_mm"``.
+        form: Dispatch form found, ``"grouped_mm"`` or ``"batched_mm"``.
         dispatch: Form put in its place, ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, or 0 when unknown.
         num_experts: E, or 0 when unknown.

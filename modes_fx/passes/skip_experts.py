@@ -11,13 +11,14 @@ import sympy
 import torch
 from torch import fx
 
-from modes_fx.passes import compact, grouped_mm, static
+from modes_fx.passes import batched_mm, compact, grouped_mm, static
 from modes_fx.passes.emit import fake_mode_of, under_fake
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
 from modes_fx.policy import KeepRule
 
 Dispatch = Literal["auto", "compact", "static"]
 
+_FORMS = (grouped_mm, batched_mm)
 _REWRITES = {"compact": compact.rewrite, "static": static.rewrite}
 
 
@@ -45,8 +46,8 @@ class Rewritten:
     """A rewritten copy of a graph.
 
     Its inputs are the original's, then two for each site: int64 [T] token classes and float32 [classes] bounds. Its outputs
-    are the original's, then two for each site: ``perm`` and ``offsets``, where ``perm[:offsets[-1]]`` are the pairs
-    (token * K + rank) whose rows reached the GEMMs.
+    are the original's, then one for each site, ``pairs``: int64, the pair (token * K + rank) of each row that the experts
+    compute, or -1 for a row that takes no part in the output.
 
     Attributes:
         module: The rewritten copy.
@@ -75,19 +76,22 @@ def skip_experts(module: fx.GraphModule, rule: KeepRule, dispatch: Dispatch, num
     """
     sites: list[RoutingSite] = []
     rejected: list[SiteRecord] = []
-    for anchor in grouped_mm.find(module.graph):
-        try:
-            sites.append(grouped_mm.match(anchor))
-        except Reject as reason:
-            rejected.append(SiteRecord(anchor.name, "", "rejected", reason.code, reason.detail, grouped_mm.FORM))
+    for form in _FORMS:
+        for anchor in form.find(module.graph):
+            try:
+                sites.append(form.match(anchor))
+            except Reject as reason:
+                rejected.append(_rejection(anchor.name, reason, form.FORM))
     while True:
         try:
             return _rewrite_all(module, sites, rejected, rule, dispatch, num_classes)
         except _SiteRejectedError as refusal:  # the copy is half rewritten: begin anew without that site
             sites.remove(refusal.site)
-            rejected.append(
-                SiteRecord(refusal.site.perm, "", "rejected", refusal.reason.code, refusal.reason.detail, grouped_mm.FORM)
-            )
+            rejected.append(_rejection(refusal.site.anchor, refusal.reason, refusal.site.form))
+
+
+def _rejection(anchor: str, reason: Reject, form: str) -> SiteRecord:
+    return SiteRecord(anchor, "", "rejected", reason.code, reason.detail, form)
 
 
 class _SiteRejectedError(Exception):
@@ -124,11 +128,11 @@ def _rewrite_all(
         hidden = node[site.hidden_TH].meta["example_value"]
         form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
         try:
-            outputs += _REWRITES[form](graph, site, rule, added[2 * index], added[2 * index + 1])
+            outputs.append(_REWRITES[form](graph, site, rule, added[2 * index], added[2 * index + 1]))
         except Reject as reason:
             raise _SiteRejectedError(site, reason) from reason
         sources = tuple(source_of(original[position[name]]) for name in site.weight_inputs)
-        record = SiteRecord(site.perm, sources[0], "rewritten", "", "", site.form, form, site.top_k, site.num_experts)
+        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, site.top_k, site.num_experts)
         weight_inputs = tuple(position[name] for name in site.weight_inputs)
         bindings.append(Binding(record, weight_inputs, sources, site.top_k, _size_of(hidden.shape[0], original)))
     output = next(item for item in graph.nodes if item.op == "output")

@@ -4,7 +4,6 @@ Every line is found out by running ``optimize`` on a tiny model of the family.
 """
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from tabulate import tabulate
@@ -20,34 +19,21 @@ TABLES = {"text": TEXT, "vision": (*VISION, *WRAPPERS)}
 BEGIN, END = "<!-- coverage:begin -->", "<!-- coverage:end -->"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    family: str
-    kind: str
-    layers: str
-    outcome: str
-    experts: str
-
-
-def row(family: Family, kind: str) -> Row:
-    """Build, optimise and describe a family."""
+def row(family: Family, kind: str) -> tuple[str, ...]:
+    """Build and optimise a family; return its line of the table."""
     model = family.build()
-    found = outcome(model)
-    if found.startswith("rejected") and not hasattr(model, "_modes_fx"):
-        return Row(family.name, kind, "-", _words(found), "-")
-    report = modes_fx.report(model)
-    experts = experts_of(model)
-    return Row(family.name, kind, f"{len(report.rewritten)} of {report.found}", _words(found), _experts(experts[0]))
+    how = _words(outcome(model))
+    if getattr(model, "_modes_fx", None) is None:
+        return f"`{family.name}`", kind, "-", how, "-"
+    report, experts = modes_fx.report(model), experts_of(model)
+    layers = f"{len(report.rewritten)} of {report.found}"
+    return f"`{family.name}`", kind, layers, how, _experts(experts[0]) if experts else "-"
 
 
 def table() -> str:
     """Return the whole table in markdown."""
     rows = [row(family, kind) for kind, families in TABLES.items() for family in families]
-    headers = ("family", "kind", "MoE layers rewritten", "how", "experts")
-    cells = [(f"`{item.family}`", item.kind, item.layers, item.outcome, item.experts) for item in rows]
-    return str(tabulate(cells, headers=headers, tablefmt="github"))
+    return str(tabulate(rows, headers=("family", "kind", "MoE layers rewritten", "how", "experts"), tablefmt="github"))
 
 
 def named_in(readme: str) -> dict[tuple[str, str], str]:
@@ -87,12 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"replace what is between {BEGIN} and {END}")
     path = parser.parse_args().write
-    text = table()
     if path is None:
-        print(text)  # noqa: T201
+        print(table())  # noqa: T201
         return
-    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        parser.error(f"{path} lacks the lines {BEGIN} and {END}; put them where the table goes")
+    path.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

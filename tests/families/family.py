@@ -21,10 +21,11 @@ class Family:
     """One line of the table.
 
     Attributes:
-        name: The directory under ``transformers/models``.
+        name: The directory under ``transformers/models``; WRAPPER-FAMILY where one holds any language model.
         build: Makes the tiny model: in evaluation mode, float32, the same weights every time.
         inputs: Makes the keyword arguments of one forward.
-        expected: ``"rewritten"``, ``"converted"`` (its loop over experts was, then rewritten) or ``"rejected:CODE"``.
+        expected: ``"rewritten"``, ``"converted"`` (its loop over experts was, then rewritten) or ``"rejected:CODE"``, where
+            ``NOT_FOUND`` says that ``optimize`` knows no MoE layer in it.
     """
 
     name: str
@@ -68,7 +69,7 @@ def family(
 
 
 def spread(model: nn.Module) -> nn.Module:
-    """Give a model random weights that matter: stock initialisation leaves routed outputs so small that no test would miss them."""
+    """Give a model random weights that matter: the stock ones make routed outputs so small that no test would miss them."""
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if not tensor.is_floating_point() or "inv_freq" in name:

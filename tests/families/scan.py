@@ -39,7 +39,7 @@ def families() -> dict[str, str]:
         name = path.parent.name
         if "use_experts_implementation" in source:
             found[name] = "dispatch"
-        elif name not in found and _WORDS.search(source) and _names_experts(source, name):
+        elif name not in found and _WORDS.search(source) and names_experts(source, name):
             found[name] = "own"
     for name, wrapped in _wrappers():
         if wrapped in found and wrapped not in NOT_MOE:
@@ -47,7 +47,7 @@ def families() -> dict[str, str]:
     return found
 
 
-def _names_experts(source: str, family: str) -> bool:
+def names_experts(source: str, family: str) -> bool:
     """Tell whether code (no docstring, comment or message) has a name that speaks of experts, the family's own name aside."""
     own = re.compile(family.replace("_", "_?"), re.IGNORECASE)
     return any(_WORDS.search(own.sub("", name)) for name in _names(ast.parse(source)))

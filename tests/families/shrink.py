@@ -11,8 +11,8 @@ _DEPTHS = ["num_hidden_layers", "num_layers", "n_layers", "num_decoder_layers", 
 _NAMES = {
     VOCABULARY: "vocab_size unpadded_vocab_size vocab_size_per_layer_input",
     32: """hidden_size d_model moe_hidden_size out_hidden_size output_dim text_hidden_size projection_hidden_dim
-        projector_hidden_size projector_input_dim projector_output_dim vision_output_dim router_hidden_size thinker_hidden_size
-        decoder_dim adapter_in_dim adapter_out_dim adapter_input_size index_topk keep_window_size""",
+        projector_hidden_size projector_input_dim projector_output_dim vision_output_dim router_hidden_size
+        adapter_in_dim adapter_out_dim adapter_input_size index_topk keep_window_size""",
     16: """intermediate_size moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size
         shared_intermediate_size moe_shared_expert_intermediate_size expert_ffn_hidden_size ffn_hidden_size d_ff encoder_ffn_dim
         decoder_ffn_dim intermediate_size_mlp dense_intermediate_size share_expert_dim mlp_dim projection_intermediate_size
@@ -21,17 +21,17 @@ _NAMES = {
         hidden_size_per_layer_input num_position_embeddings chunk_size mamba_chunk_size block_size""",
     8: """qk_nope_head_dim qk_rope_head_dim num_experts num_local_experts n_routed_experts moe_num_experts
         mamba_d_state ssm_state_size rotary_dim d_rel gated_norm_rank hc_lowrank""",
-    3: "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts",
+    3: "num_experts_per_tok moe_topk moe_top_k moe_k",
     2: """num_attention_heads num_key_value_heads n_heads num_heads kv_n_heads swa_num_attention_heads
         swa_num_key_value_heads num_sliding_attention_heads encoder_attention_heads decoder_attention_heads
         linear_num_heads linear_num_key_heads linear_num_value_heads
-        index_n_heads n_group num_expert_group hc_mult hc_count zero_expert_num o_groups heads_per_ngram mamba_dt_rank
+        index_n_heads n_group hc_mult hc_count zero_expert_num o_groups heads_per_ngram mamba_dt_rank
         hc_sinkhorn_iters layer_group_size""",
     1: """topk_group n_groups mamba_n_groups n_shared_experts num_shared_experts moe_num_shared_experts num_dense_layers
-        first_k_dense_replace mamba_expand_groups encoder_sparse_step decoder_sparse_step num_sparse_encoder_layers
+        first_k_dense_replace encoder_sparse_step decoder_sparse_step num_sparse_encoder_layers
         num_sparse_decoder_layers bos_token_id""",
     4: "mamba_num_heads mamba_n_heads patch_size",
-    128: "max_position_embeddings max_seq_len model_max_length sliding_window sliding_window_size attention_chunk_size",
+    128: "max_position_embeddings max_seq_len sliding_window sliding_window_size attention_chunk_size",
     0: "pad_token_id num_nextn_predict_layers",
 }
 _SIZES = {name: size for size, names in _NAMES.items() for name in names.split()} | dict.fromkeys(_DEPTHS, LAYERS)
@@ -58,7 +58,8 @@ def tiny_config(kind: str | type[PreTrainedConfig], **changes: Any) -> PreTraine
             nested[name] = tiny_config(own.pop("model_type", type(part)), **own)
     declared = {item.name: getattr(default, item.name, None) for item in fields(config_class) if item.name not in nested}
     tiny = {name: _SIZES[name] for name, value in declared.items() if name in _SIZES and value is not None}
-    tiny.update({name: None for name in ("eos_token_id",) if name in declared})
+    if "eos_token_id" in declared:
+        tiny["eos_token_id"] = None
     layers = next((changes.get(name, LAYERS) for name in _DEPTHS if name in declared), LAYERS)
     depth = next((declared[name] for name in _DEPTHS if declared.get(name)), None)
     for name, value in declared.items():

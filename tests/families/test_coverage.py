@@ -30,3 +30,25 @@ def test_readme_says_what_the_tables_say() -> None:
     if coverage.BEGIN not in readme:
         pytest.skip("README.md has no table of families")
     assert coverage.named_in(readme) == coverage.promised()
+
+
+@pytest.mark.parametrize(
+    ("source", "speaks"),
+    [
+        ("class NewExperts: ...", True),
+        ("def forward(self, router_logits): ...", True),
+        ("self.block = SparseMLP(config)", True),
+        ("self.num_experts = 8", True),
+        ('"""A mixture of experts."""  # with a router', False),
+        ("class NewMoeRMSNorm: ...", False),  # the family's own name
+        ("is_torchdynamo_exporting()", False),
+    ],
+)
+def test_scan_reads_code_and_neither_prose_nor_the_familys_name(source: str, speaks: bool) -> None:
+    assert scan.names_experts(source, "new_moe") == speaks
+
+
+def test_table_is_read_as_it_is_written() -> None:
+    row = "| `olmoe` | text | 3 of 3 | rewritten | gated SiLU |"
+    readme = f"{coverage.BEGIN}\n\n| family | ... |\n|---|---|\n{row}\n\n{coverage.END}"
+    assert coverage.named_in(readme) == {("olmoe", "text"): "rewritten"}

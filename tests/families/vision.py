@@ -24,7 +24,7 @@ from tests.families.pictures import (
     whole,
     with_canvas,
 )
-from tests.families.text import LOOP
+from tests.families.text import CONVERTED
 
 _SEEN: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 _HEARD: dict[str, Any] = {"audio_token_id": AUDIO}
@@ -47,8 +47,24 @@ def _rope(*sections: int) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}}
 
 
+THINKER: dict[str, Any] = {
+    **_SEEN,
+    **_HEARD,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+    "vision_config": _DEEP,
+    "text_config": _rope(4, 2, 2),
+}
+"""Changes to the configuration of Qwen3-Omni's thinker."""
+
+
 def _sees(name: str, inputs: Inputs, expected: str = "rewritten", **changes: Any) -> Family:
     return family(name, expected, auto=transformers.AutoModelForImageTextToText, inputs=inputs, **changes)
+
+
+def _over(text: str, name: str, inputs: Inputs, **changes: Any) -> Family:
+    changes["text_config"] = {"model_type": text, **changes.get("text_config", {})}
+    return _sees(f"{name}-{text}", inputs, kind=name, image_token_id=IMAGE, **changes)
 
 
 VISION: tuple[Family, ...] = (
@@ -104,8 +120,9 @@ VISION: tuple[Family, ...] = (
     _sees(
         "llama4",
         whole(16, 4),
-        LOOP,
+        CONVERTED,
         image_token_index=IMAGE,
+        text_config={"num_experts_per_tok": 1},
         vision_config={**_ONE, "image_size": 16, "intermediate_size": 128},
     ),
     _sees("minimax_m3_vl", patches(96), image_token_index=IMAGE, video_token_index=VIDEO, vision_config=_ONE),
@@ -127,17 +144,7 @@ VISION: tuple[Family, ...] = (
         vision_config={**_ONE, "video_temporal_patch_size": 2, "image_size": 16, "max_img_size": 16},
     ),
     _sees("qwen3_5_moe", patches(96, types=True), **_SEEN, vision_config=_QWEN, text_config=_rope(1, 1, 0)),
-    _sees(
-        "qwen3_omni_moe",
-        patches(96),
-        kind="qwen3_omni_moe_thinker",
-        **_SEEN,
-        **_HEARD,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-        vision_config=_DEEP,
-        text_config=_rope(4, 2, 2),
-    ),
+    _sees("qwen3_omni_moe", patches(96), kind="qwen3_omni_moe_thinker", **THINKER),
     _sees("qwen3_vl_moe", patches(96, types=True), **_SEEN, vision_config=_DEEP, text_config=_rope(4, 2, 2)),
     _sees(
         "qwen4_exp",
@@ -146,7 +153,7 @@ VISION: tuple[Family, ...] = (
         vision_config=_QWEN,
         text_config={**{f"indexer_{name}": value for name, value in _INDEXER.items()}, **_rope(1, 1, 0)},
     ),
-    _sees("step3p7", whole(32, 4), LOOP, image_token_id=IMAGE, text_config={"sliding_window": 128}),
+    _sees("step3p7", whole(32, 4), CONVERTED, image_token_id=IMAGE, text_config={"sliding_window": 128}),
     _sees(
         "unlimited_ocr",
         whole(32, 7),
@@ -156,44 +163,12 @@ VISION: tuple[Family, ...] = (
 )
 
 WRAPPERS: tuple[Family, ...] = (
-    _sees(
-        "internvl-gpt_oss",
-        whole(16, 4),
-        kind="internvl",
-        image_token_id=IMAGE,
-        vision_config=_TILES,
-        text_config={"model_type": "gpt_oss"},
-    ),
-    _sees(
-        "internvl-qwen3_moe",
-        whole(16, 4),
-        kind="internvl",
-        image_token_id=IMAGE,
-        vision_config=_TILES,
-        text_config={"model_type": "qwen3_moe"},
-    ),
-    _sees(
-        "lfm2_vl-lfm2_moe",
-        shaped,
-        kind="lfm2_vl",
-        image_token_id=IMAGE,
-        vision_config=_ONE,
-        text_config={"model_type": "lfm2_moe", "layer_types": ["conv", "full_attention", "conv"]},
-    ),
-    _sees(
-        "llava-mixtral",
-        whole(16, 16),
-        kind="llava",
-        image_token_id=IMAGE,
-        vision_config={**_ONE, "image_size": 16},
-        text_config={"model_type": "mixtral"},
-    ),
-    _sees(
-        "mistral3-mistral4",
-        sized,
-        kind="mistral3",
-        image_token_id=IMAGE,
-        vision_config=_ONE,
-        text_config={"model_type": "mistral4"},
-    ),
+    _over("cohere2_moe", "aya_vision", whole(16, 4), vision_config={**_ONE, "image_size": 16}),
+    _over("qwen3_vl_moe_text", "cosmos3_omni", patches(96, types=True), text_config=_rope(4, 2, 2), vision_config=_DEEP),
+    _over("gpt_oss", "internvl", whole(16, 4), vision_config=_TILES),
+    _over("qwen3_moe", "internvl", whole(16, 4), vision_config=_TILES),
+    _over("lfm2_moe", "lfm2_vl", shaped, text_config={"layer_types": ["conv", "full_attention", "conv"]}, vision_config=_ONE),
+    _over("mixtral", "llava", whole(16, 16), vision_config={**_ONE, "image_size": 16}),
+    _over("mistral4", "mistral3", sized, vision_config=_ONE),
+    _over("qwen3_moe", "qianfan_ocr", whole(16, 4), vision_config=_TILES),
 )

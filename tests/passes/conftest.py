@@ -1,5 +1,6 @@
 """One experts module for each form of the dispatch, traced once for all tests of the pass."""
 
+import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +10,12 @@ from torch import Tensor, nn
 from tests import harness, oracle, tiny
 
 TOP_K, EXPERTS, HIDDEN = 3, 6, 32
-FORMS = [(dispatch, dtype) for dispatch in ("compact", "static") for dtype in (torch.float32, torch.bfloat16)]
+STOCK = ("grouped_mm", "batched_mm")
+FORMS = list(itertools.product(STOCK, ("compact", "static"), (torch.float32, torch.bfloat16)))
+
+
+def form_id(form: tuple[str, str, torch.dtype]) -> str:
+    return f"{form[0]}-{form[1]}-{str(form[2])[6:]}"
 
 
 @dataclass(repr=False)
@@ -19,6 +25,7 @@ class Form:
     One trace serves every number of tokens above 1.
     """
 
+    stock_form: str
     dispatch: str
     dtype: torch.dtype
     experts: nn.Module = field(init=False)
@@ -27,14 +34,27 @@ class Form:
 
     def __post_init__(self) -> None:
         self.experts = oracle.experts_of(tiny.make("olmoe", self.dtype))[1]
+        self.experts.config._experts_implementation = self.stock_form
         self._run = harness.compiled_block(self.experts, self.dispatch, self.runtime, self.log)
 
     @property
     def traced(self) -> int:
         return len(self.runtime.graphs)
 
+    @property
+    def skips_rows(self) -> bool:
+        """Whether a dropped pair costs no row of a GEMM; else its row reads the matrices of another pair."""
+        return (self.stock_form, self.dispatch) != ("batched_mm", "static")
+
+    @property
+    def kept(self) -> list[int]:
+        """The pairs recorded in the last call, in the order of their rows."""
+        (pairs,) = self.runtime.recorded
+        return pairs[pairs >= 0].tolist()
+
     def __call__(self, routing: "Routing", bounds: Tensor, classes: Tensor | None = None) -> Tensor:
-        self.log.rows.clear(), self.log.computed.clear(), self.log.inputs.clear(), self.runtime.recorded.clear()
+        self.log.clear()
+        self.runtime.recorded.clear()
         self.runtime.bounds, self.runtime.token_classes = bounds, classes
         inputs = (routing.hidden, routing.ids, routing.weights)
         if len(routing.ids) > 1:
@@ -88,10 +108,10 @@ def assert_close(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert (actual.double() - wanted.double()).abs().max() <= tolerance(dtype) * max(wanted.abs().max().item(), 1.0)
 
 
-_made: dict[tuple[str, torch.dtype], Form] = {}
+_made: dict[tuple[str, str, torch.dtype], Form] = {}
 
 
-@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{str(form[1])[6:]}")
+@pytest.fixture(params=FORMS, ids=form_id)
 def form(request: pytest.FixtureRequest) -> Form:
     if request.param not in _made:
         _made[request.param] = Form(*request.param)

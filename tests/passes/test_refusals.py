@@ -68,6 +68,45 @@ def dispatch(
     return (out, leaks[leak]) if leak else out
 
 
+def batched(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    *,
+    body: Step = same,
+    weight: Step = same,
+    pairs: Step = same,
+    total: Step | None = None,
+    on_input: bool = False,
+    leak: str = "",
+    repeat: Step | None = None,
+    second: Step = same,
+) -> Any:
+    """The dispatch of transformers' ``batched_mm``, with one step changed."""
+    tokens, k = ids.shape
+    x = repeat(hidden) if repeat else hidden.repeat_interleave(k, dim=0)
+    w = weights.reshape(-1)
+    flat_ids = ids.reshape(-1)
+    if on_input:
+        x = x * w.unsqueeze(-1)
+    y = torch.nn.functional.silu(torch.bmm(x.unsqueeze(1), w1[flat_ids]).squeeze(1))
+    y = body(torch.bmm(y.unsqueeze(1), w2[second(flat_ids)]).squeeze(1))
+    weighted = y if on_input else y * weight(w).unsqueeze(-1)
+    restored = pairs(weighted)
+    out = total(restored) if total else restored.view(tokens, k, hidden.shape[1]).sum(dim=1)
+    return (out, {"w": w, "y": y, "weighted": weighted, "flat_ids": flat_ids, "x": x}[leak]) if leak else out
+
+
+STOCK = {"grouped_mm": dispatch, "batched_mm": batched}
+
+
+@pytest.fixture(params=STOCK)
+def stock(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 def inputs(hidden: int = HIDDEN) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     scores, ids = torch.topk(torch.rand(TOKENS, EXPERTS, generator=generator), TOP_K)
@@ -95,30 +134,33 @@ def refused(function: Callable[..., Any], *args: Any, dispatch: str = "compact")
     return record.code
 
 
-def variant(form: str = "compact", **changes: Any) -> str:
-    return refused(functools.partial(dispatch, **changes), *inputs(), dispatch=form)
+def variant(form: str = "compact", stock: str = "grouped_mm", **changes: Any) -> str:
+    return refused(functools.partial(STOCK[stock], **changes), *inputs(), dispatch=form)
 
 
-def test_the_imitation_itself_is_rewritten() -> None:
+def test_the_imitation_itself_is_rewritten(stock: str) -> None:
     for form in ("compact", "static"):
-        found = harness.capture(dispatch, *inputs(), dispatch=form)
-        assert [record.status for record in found.rewritten.records] == ["rewritten"]
+        found = harness.capture(STOCK[stock], *inputs(), dispatch=form)
+        assert [(record.status, record.form) for record in found.rewritten.records] == [("rewritten", stock)]
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"leak": "w"},
-        {"on_input": True},
         {"weight": torch.square},
         {"weight": lambda w: w - w.max()},
         {"weight": lambda w: 1.0 + w},
         {"body": same, "weight": torch.ones_like},
     ],
-    ids=["used twice", "scale the input", "squared", "normalised over rows", "offset by one", "ignored"],
+    ids=["used twice", "squared", "normalised over rows", "offset by one", "ignored"],
 )
-def test_weights_that_do_more_than_multiply_the_output(changes: dict[str, Any]) -> None:
-    assert variant(**changes) == "WEIGHTS_HAVE_OTHER_USERS"
+def test_weights_that_do_more_than_multiply_the_output(stock: str, changes: dict[str, Any]) -> None:
+    assert variant(stock=stock, **changes) == "WEIGHTS_HAVE_OTHER_USERS"
+
+
+def test_weights_that_scale_the_input(stock: str) -> None:
+    assert variant(stock=stock, on_input=True) in ("WEIGHTS_HAVE_OTHER_USERS", "NOT_A_DISPATCH")
 
 
 @pytest.mark.parametrize(
@@ -134,8 +176,8 @@ def test_weights_that_do_more_than_multiply_the_output(changes: dict[str, Any]) 
     ],
     ids=["sum", "mean of all", "cumsum", "softmax", "flip", "roll", "attention"],
 )
-def test_a_body_that_mixes_rows(body: Step) -> None:
-    assert variant("static", body=body) == "BODY_MIXES_ROWS"  # static: nothing but the matcher can notice
+def test_a_body_that_mixes_rows(stock: str, body: Step) -> None:
+    assert variant("static", stock, body=body) == "BODY_MIXES_ROWS"  # static: nothing but the matcher can notice
 
 
 @pytest.mark.parametrize("form", ["compact", "static"])
@@ -147,6 +189,36 @@ def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(form: str) -> 
 @pytest.mark.parametrize("leak", ["y", "weighted", "restored", "perm", "pair_token", "sorted_ids"])
 def test_values_of_all_pairs_that_are_used_outside_the_dispatch(leak: str) -> None:
     assert variant(leak=leak) in ("BODY_MIXES_ROWS", "NOT_A_DISPATCH")
+
+
+@pytest.mark.parametrize("leak", ["y", "weighted", "flat_ids", "x"])
+def test_values_of_all_batched_pairs_that_are_used_outside_the_dispatch(leak: str) -> None:
+    assert variant(stock="batched_mm", leak=leak) in ("BODY_MIXES_ROWS", "NOT_A_DISPATCH")
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda hidden: hidden.repeat(TOP_K, 1),
+        lambda hidden: hidden.repeat_interleave(TOP_K, dim=0).flip(0),
+        lambda hidden: hidden.t().repeat_interleave(TOP_K, dim=1).t(),
+    ],
+    ids=["ranks first", "reversed", "columns"],
+)
+def test_rows_that_are_not_each_token_k_times(repeat: Step) -> None:
+    assert variant(stock="batched_mm", repeat=repeat) == "NOT_A_DISPATCH"
+
+
+def test_matrices_by_other_ids_than_the_first() -> None:
+    function = functools.partial(batched, second=lambda ids: (ids + 1) % EXPERTS)
+    found = harness.capture(function, *inputs())
+    assert not found.rewritten.bindings
+    assert [record.code for record in found.rewritten.records] == ["BODY_MIXES_ROWS", "NOT_A_DISPATCH"]  # one for each ids
+
+
+def test_a_product_of_gathered_matrices_that_is_no_dispatch() -> None:
+    code = refused(lambda w, ids, x: torch.bmm(w[ids], x), torch.randn(4, 5, 6), torch.tensor([1, 3]), torch.randn(2, 6, 1))
+    assert code == "NOT_A_DISPATCH"
 
 
 @pytest.mark.parametrize("leak", ["offsets", "histogram"])
@@ -175,8 +247,8 @@ def test_a_histogram_of_something_else(counted: str) -> None:
     ],
     ids=["mean", "max", "ranks first", "over features", "over all", "after another step"],
 )
-def test_pairs_that_are_not_summed_token_by_token(changes: dict[str, Any]) -> None:
-    assert variant(**changes) == "NOT_A_DISPATCH"
+def test_pairs_that_are_not_summed_token_by_token(stock: str, changes: dict[str, Any]) -> None:
+    assert variant(stock=stock, **changes) in ("NOT_A_DISPATCH", "WEIGHTS_HAVE_OTHER_USERS")
 
 
 @pytest.mark.parametrize(
@@ -187,32 +259,33 @@ def test_pairs_that_are_not_summed_token_by_token(changes: dict[str, Any]) -> No
     ],
     ids=["reshape", "a table by position"],
 )
-def test_compact_refuses_a_body_that_names_the_number_of_pairs(body: Step) -> None:
-    assert variant(body=body) in ("BODY_HAS_FIXED_ROWS", "BODY_MIXES_ROWS")
+def test_compact_refuses_a_body_that_names_the_number_of_pairs(stock: str, body: Step) -> None:
+    assert variant(stock=stock, body=body) in ("BODY_HAS_FIXED_ROWS", "BODY_MIXES_ROWS", "NOT_A_DISPATCH")
 
 
-def test_output_of_another_width_than_the_input() -> None:
+def test_output_of_another_width_than_the_input(stock: str) -> None:
     x, ids, scores, w1, w2 = inputs()
 
     def narrow(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, w2: Tensor) -> Any:
-        wide = functools.partial(dispatch, total=lambda pairs: pairs.view(TOKENS, TOP_K, 8).sum(dim=1))
+        wide = functools.partial(STOCK[stock], total=lambda pairs: pairs.view(TOKENS, TOP_K, 8).sum(dim=1))
         return wide(x, ids, scores, w1, w2)
 
     assert refused(narrow, x, ids, scores, w1, w2[:, :, :8]) == "OUTPUT_WIDTH"
 
 
-def test_experts_whose_weights_are_no_inputs() -> None:
+def test_experts_whose_weights_are_no_inputs(stock: str) -> None:
     rest = inputs()[:3]
 
     def made_inside(x: Tensor, ids: Tensor, scores: Tensor) -> Any:
-        return dispatch(x, ids, scores, torch.ones(EXPERTS, HIDDEN, 8), torch.ones(EXPERTS, 8, HIDDEN))
+        return STOCK[stock](x, ids, scores, torch.ones(EXPERTS, HIDDEN, 8), torch.ones(EXPERTS, 8, HIDDEN))
 
     assert refused(made_inside, *rest) == "NO_EXPERT_WEIGHTS"
 
 
 @pytest.mark.parametrize("form", ["compact", "static"])
-def test_expert_parallel_experts(form: str) -> None:
+def test_expert_parallel_experts(stock: str, form: str) -> None:
     experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts.config._experts_implementation = stock
     experts._is_expert_parallel = True
     routing = Routing.random(4, torch.float32)
     code = refused(experts.forward, routing.hidden, routing.ids, routing.weights, dispatch=form)
@@ -227,10 +300,10 @@ def test_a_graph_without_a_dispatch_is_left_alone_and_has_no_record(form: str) -
 
 
 @pytest.mark.parametrize("form", ["compact", "static"])
-def test_a_refused_site_leaves_another_of_the_same_graph_rewritten(form: str) -> None:
+def test_a_refused_site_leaves_another_of_the_same_graph_rewritten(stock: str, form: str) -> None:
     def two(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, w4: Tensor) -> Tensor:
         bad = dispatch(x, ids, scores, w1, w2, weight=torch.square)
-        return dispatch(bad, ids, scores, w3, w4)
+        return STOCK[stock](bad, ids, scores, w3, w4)
 
     x, ids, scores, w1, w2 = inputs()
     args = (x, ids, scores, w1, w2, w1 + 1, w2 - 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests import harness, oracle, tiny
-from tests.passes.conftest import EXPERTS, TOP_K, Form, Routing, assert_close, expected
+from tests.passes.conftest import STOCK, TOP_K, Form, Routing, assert_close, expected
 
 NO_BOUNDS = torch.tensor([0.0, 0.0, math.inf])
 ALL_SKIPPED = torch.tensor([math.inf] * 3)
@@ -43,7 +43,9 @@ def test_dropped_pairs_are_missing_from_the_sum_and_no_other(form: Form, seed: i
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_call_in_which_everything_is_skipped_is_exactly_zero_and_computes_no_row(form: Form, tokens: int) -> None:
     assert not form(Routing.random(tokens, form.dtype), ALL_SKIPPED).any()
-    assert form.log.computed == [0, 0]
+    assert form.kept == []
+    if form.skips_rows:
+        assert form.log.computed == [0, 0]
     if form.dispatch == "compact":
         assert form.log.rows == [0, 0]
 
@@ -60,9 +62,9 @@ def test_a_weight_equal_to_the_bound_is_kept(form: Form) -> None:
     routing = Routing.random(3, form.dtype)
     routing.weights[:] = torch.tensor([0.5, 0.25, 0.125])
     form(routing, torch.tensor([0.25, 0.25, math.inf]))
-    assert form.log.computed == [6, 6]
+    assert len(form.kept) == 6
     form(routing, torch.tensor([0.25 + 2**-20, 1.0, math.inf]))  # would round to 0.25 in bfloat16: compared in float32
-    assert form.log.computed == [3, 3]
+    assert len(form.kept) == 3
 
 
 def test_rows_that_reach_the_gemm_are_the_pairs_kept(form: Form) -> None:
@@ -72,6 +74,8 @@ def test_rows_that_reach_the_gemm_are_the_pairs_kept(form: Form) -> None:
     keep = kept_pairs(routing, bounds, classes)
     form(routing, bounds, classes)
     kept = int(keep.sum())
+    if not form.skips_rows:
+        pytest.skip("a dropped pair is a row that is selected away")
     assert form.log.computed == [kept, kept]
     if form.dispatch == "compact":
         assert form.log.rows == [kept, kept]
@@ -79,16 +83,34 @@ def test_rows_that_reach_the_gemm_are_the_pairs_kept(form: Form) -> None:
     assert sorted(token_of_row) == keep.nonzero()[:, 0].tolist()
 
 
-def test_recorded_pairs_are_the_pairs_kept_in_expert_order(form: Form) -> None:
+def test_experts_that_no_pair_keeps_are_not_read(form: Form) -> None:
+    routing = Routing.random(3, form.dtype, seed=3)
+    bounds = torch.tensor([0.25, 0.25, math.inf])
+    keep = kept_pairs(routing, bounds, torch.zeros(3, dtype=torch.int64))
+    keepers, wanted = keep.any(dim=1), set(routing.ids[keep].tolist())
+    assert keepers.all()
+    assert wanted < set(routing.ids.flatten().tolist())
+    form(routing, bounds)
+    assert form.log.experts == [wanted, wanted]
+
+
+def test_a_token_that_keeps_nothing_reads_one_expert_at_most(form: Form) -> None:
+    routing = Routing.random(2, form.dtype, seed=3)
+    form(routing, ALL_SKIPPED)
+    assert form.log.experts == [set() if form.skips_rows else set(routing.ids[:, 0].tolist())] * 2
+
+
+def test_recorded_pairs_are_the_pairs_kept_in_the_order_of_their_rows(form: Form) -> None:
     routing = Routing.random(20, form.dtype, seed=4)
     keep = kept_pairs(routing, torch.tensor([0.25, 0.25, math.inf]), torch.zeros(20, dtype=torch.int64))
     form(routing, torch.tensor([0.25, 0.25, math.inf]))
-    ((perm, offsets),) = form.runtime.recorded
-    pairs = perm[: offsets[-1]]
-    assert sorted(pairs.tolist()) == keep.flatten().nonzero()[:, 0].tolist()
-    experts_of_rows = routing.ids.flatten()[pairs]
-    assert experts_of_rows.equal(experts_of_rows.sort().values)
-    assert offsets.tolist() == torch.bincount(experts_of_rows, minlength=EXPERTS).cumsum(0).tolist()
+    in_pair_order = keep.flatten().nonzero()[:, 0].tolist()
+    assert sorted(form.kept) == in_pair_order
+    if form.stock_form == "batched_mm":
+        assert form.kept == in_pair_order
+    else:
+        experts_of_rows = routing.ids.flatten()[form.kept]
+        assert experts_of_rows.equal(experts_of_rows.sort().values)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -119,9 +141,30 @@ def test_one_trace_serves_any_number_of_tokens_and_of_kept_pairs(form: Form) -> 
 
 
 @pytest.mark.parametrize("dispatch", ["compact", "static"])
-def test_reduce_k_keeps_the_largest_k(dispatch: str) -> None:
+@pytest.mark.parametrize("stock_form", STOCK)
+def test_bare_experts_whose_every_size_varies_are_traced_for_their_k(stock_form: str, dispatch: str) -> None:
     runtime = harness.FixedRuntime()
     experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts.config._experts_implementation = stock_form
+    run = harness.compiled_block(experts, dispatch, runtime, dynamic=True)
+    runtime.bounds = torch.full((3,), 0.25)
+    for tokens, top_k in ((5, TOP_K), (9, TOP_K), (4, TOP_K - 1), (7, TOP_K - 1)):
+        routing = Routing.random(tokens, torch.float32, seed=tokens)
+        routing = Routing(routing.hidden, routing.ids[:, :top_k], routing.weights[:, :top_k])
+        with torch.no_grad():
+            out = run(routing.hidden, routing.ids, routing.weights)
+        keep = oracle.at_least(routing.weights, torch.full((tokens,), 0.25))
+        assert_close(out, expected(experts, routing, keep), torch.float32)
+    ks = [[(record.status, record.top_k) for record in graph.records] for graph in runtime.graphs]
+    assert ks == [[("rewritten", TOP_K)], [("rewritten", TOP_K - 1)]]
+
+
+@pytest.mark.parametrize("dispatch", ["compact", "static"])
+@pytest.mark.parametrize("stock_form", STOCK)
+def test_reduce_k_keeps_the_largest_k(stock_form: str, dispatch: str) -> None:
+    runtime = harness.FixedRuntime()
+    experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts.config._experts_implementation = stock_form
     run = harness.compiled_block(experts, dispatch, runtime, rule="reduce_k")
     routing = Routing.random(6, torch.float32)
     for k in range(TOP_K + 1):

@@ -12,23 +12,27 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from modes_fx.passes.skip_experts import skip_experts
 from modes_fx.policy import RULES
 from tests import harness, oracle, tiny
-from tests.passes.conftest import EXPERTS, FORMS, HIDDEN, TOP_K, Routing
+from tests.passes.conftest import EXPERTS, FORMS, HIDDEN, TOP_K, Routing, form_id
 
 TOKENS = 7
 PAIRS = TOKENS * TOP_K
-_captured: dict[tuple[str, torch.dtype], harness.Capture] = {}
+Form = tuple[str, str, torch.dtype]
+"""The stock dispatch, the one put in its place, the dtype."""
+
+_captured: dict[Form, harness.Capture] = {}
 
 
-@pytest.fixture(params=FORMS, ids=lambda form: f"{form[0]}-{str(form[1])[6:]}")
-def form(request: pytest.FixtureRequest) -> tuple[str, torch.dtype]:
+@pytest.fixture(params=FORMS, ids=form_id)
+def form(request: pytest.FixtureRequest) -> Form:
     return request.param
 
 
 @pytest.fixture
-def captured(form: tuple[str, torch.dtype]) -> harness.Capture:
+def captured(form: Form) -> harness.Capture:
     if form not in _captured:
-        dispatch, dtype = form
+        stock_form, dispatch, dtype = form
         experts = oracle.experts_of(tiny.make("olmoe", dtype))[0]
+        experts.config._experts_implementation = stock_form
         routing = Routing.random(TOKENS, dtype)
         _captured[form] = harness.capture(experts.forward, routing.hidden, routing.ids, routing.weights, dispatch=dispatch)
     return _captured[form]
@@ -40,23 +44,28 @@ def only(module: fx.GraphModule, target: Any) -> fx.Node:
 
 
 def gemms(module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.target in harness.GEMMS]
+    return [node for node in module.graph.nodes if node.target in (*harness.GEMMS, torch.bmm)]
+
+
+def gathers_of_matrices(module: fx.GraphModule) -> list[fx.Node]:
+    return [gemm.args[0] for gemm in gemms(module)]
 
 
 def example(node: fx.Node) -> Any:
     return node.meta["example_value"]
 
 
-def test_the_site_is_recorded_as_rewritten(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
+def test_the_site_is_recorded_as_rewritten(form: Form, captured: harness.Capture) -> None:
     (record,) = captured.rewritten.records
-    assert (record.status, record.code, record.form) == ("rewritten", "", "grouped_mm")
-    assert (record.dispatch, record.top_k, record.num_experts) == (form[0], TOP_K, EXPERTS)
+    assert (record.status, record.code, record.form) == ("rewritten", "", form[0])
+    assert (record.dispatch, record.top_k, record.num_experts) == (form[1], TOP_K, EXPERTS)
     assert "gate_up_proj" in record.source
 
 
-def test_each_dtype_keeps_its_own_gemm(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
+def test_each_form_keeps_its_own_gemm(form: Form, captured: harness.Capture) -> None:
     float32, bfloat16 = harness.GEMMS
-    target = float32 if form[1] is torch.float32 else bfloat16
+    grouped = float32 if form[2] is torch.float32 else bfloat16
+    target = grouped if form[0] == "grouped_mm" else torch.bmm
     assert [node.target for node in gemms(captured.rewritten.module)] == [target, target]
 
 
@@ -78,7 +87,7 @@ def test_inputs_and_outputs_of_the_original_come_first(captured: harness.Capture
     (binding,) = captured.rewritten.bindings
     assert all("gate_up_proj" in before[position] for position in binding.weight_inputs)
     outputs = captured.rewritten.module.graph.output_node().args[0]
-    assert len(outputs) == len(captured.graph.graph.output_node().args[0]) + 2
+    assert len(outputs) == len(captured.graph.graph.output_node().args[0]) + 1
 
 
 def test_thresholds_and_modality_are_inputs_never_constants(captured: harness.Capture) -> None:
@@ -90,39 +99,43 @@ def test_thresholds_and_modality_are_inputs_never_constants(captured: harness.Ca
     assert example(compare.args[0]).dtype is torch.float32
 
 
-def test_compact_gathers_kept_pairs_and_adds_them_back_in_float32(
-    form: tuple[str, torch.dtype], captured: harness.Capture
-) -> None:
-    if form[0] != "compact":
+def test_compact_gathers_kept_pairs_and_adds_them_back_in_float32(form: Form, captured: harness.Capture) -> None:
+    if form[1] != "compact":
         pytest.skip("compact form")
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
     assert names.count("nonzero") == 1
-    assert not {torch.empty_like, operator.setitem, torch.arange, "view"} & set(names), "stock un-permute left over"
+    stock = {torch.empty_like, operator.setitem, torch.arange, "view", "repeat_interleave"}
+    assert not stock & set(names), "stock order left over"
     total, dim, rows, values = only(module, "scatter_add").args
     assert (total.target, total.kwargs["dtype"], dim) == (torch.zeros_like, torch.float32, 0)
     assert example(values).dtype is torch.float32
     token = rows.args[0].args[0]
     assert (rows.target, rows.args[0].target) == ("expand_as", "unsqueeze")
     assert (token.target, token.args[1]) == (operator.floordiv, TOP_K)
-    assert names.index("scatter_add") > max(i for i, name in enumerate(names) if name in harness.GEMMS)
-    (first,) = (node for node in module.graph.nodes if node.target is torch.sort)
-    assert first.args[0].args[1].target == "squeeze"  # expert_ids[kept]
+    assert names.index("scatter_add") > max(i for i, name in enumerate(names) if name in (*harness.GEMMS, torch.bmm))
+    assert only(module, "nonzero").args[0].target == "reshape"  # the mask of kept pairs
+    assert names.count(torch.sort) == (form[0] == "grouped_mm")
 
 
-def test_static_keeps_fixed_shapes_and_selects_the_kept_rows(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
-    if form[0] != "static":
+def test_static_keeps_fixed_shapes_and_selects_the_kept_rows(form: Form, captured: harness.Capture) -> None:
+    if form[1] != "static":
         pytest.skip("static form")
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
     assert not {"nonzero", "item", "tolist", torch.nonzero, "scatter_add", "masked_select"} & set(names)
-    marked, selected = (node for node in module.graph.nodes if node.target is torch.where)
-    assert marked.args[2] == EXPERTS
-    assert only(module, torch.sort).args[0] is marked
+    marked, selected, pairs = (node for node in module.graph.nodes if node.target is torch.where)
+    if form[0] == "grouped_mm":
+        assert marked.args[2] == EXPERTS
+        assert only(module, torch.sort).args[0] is marked
+    else:
+        (redirected,) = marked.users
+        assert [node.args[1] for node in gathers_of_matrices(module)] == [redirected, redirected]
+    assert pairs.args[2] == -1
     weighted = selected.args[1]
     assert (weighted.target, tuple(example(weighted).shape)) == (operator.mul, (PAIRS, HIDDEN))
     assert list(weighted.users) == [selected]
     assert selected.args[2] == 0.0
-    (restored,) = selected.users
-    assert restored.target is operator.getitem
+    (after,) = selected.users
+    assert after.target == (operator.getitem if form[0] == "grouped_mm" else "view")
 
 
 def test_every_node_has_fake_metadata_of_one_mode(captured: harness.Capture) -> None:
@@ -135,12 +148,10 @@ def test_every_node_has_fake_metadata_of_one_mode(captured: harness.Capture) -> 
     assert captured.rewritten.extra_inputs[0].fake_mode in modes
 
 
-def test_rows_have_an_unbacked_size_in_compact_and_a_fixed_one_in_static(
-    form: tuple[str, torch.dtype], captured: harness.Capture
-) -> None:
+def test_rows_have_an_unbacked_size_in_compact_and_a_fixed_one_in_static(form: Form, captured: harness.Capture) -> None:
     for gemm in gemms(captured.rewritten.module):
         for value in (example(gemm), example(gemm.args[0])):
-            if form[0] == "compact":
+            if form[1] == "compact":
                 assert free_unbacked_symbols(value.shape[0])
             else:
                 assert value.shape[0] == PAIRS
@@ -149,10 +160,10 @@ def test_rows_have_an_unbacked_size_in_compact_and_a_fixed_one_in_static(
     assert not free_unbacked_symbols(example(result))
 
 
-def test_metadata_agrees_with_what_really_runs(form: tuple[str, torch.dtype], captured: harness.Capture) -> None:
+def test_metadata_agrees_with_what_really_runs(form: Form, captured: harness.Capture) -> None:
     module = captured.rewritten.module
-    routing = Routing.random(TOKENS, form[1], seed=1)
-    experts = oracle.experts_of(tiny.make("olmoe", form[1]))[0]
+    routing = Routing.random(TOKENS, form[2], seed=1)
+    experts = oracle.experts_of(tiny.make("olmoe", form[2]))[0]
     values: dict[str, Tensor] = {}
 
     class Checked(fx.Interpreter):
@@ -172,12 +183,10 @@ def test_metadata_agrees_with_what_really_runs(form: tuple[str, torch.dtype], ca
     assert values
 
 
-def test_the_pass_finds_nothing_more_to_rewrite_in_its_own_result(
-    form: tuple[str, torch.dtype], captured: harness.Capture
-) -> None:
+def test_the_pass_finds_nothing_more_to_rewrite_in_its_own_result(form: Form, captured: harness.Capture) -> None:
     once = captured.rewritten.module
     before = harness.text(once)
-    twice = skip_experts(once, RULES["threshold"].keep, form[0], 3)
+    twice = skip_experts(once, RULES["threshold"].keep, form[1], 3)
     assert not twice.bindings
     assert [record.status for record in twice.records] == ["rejected"]
     assert harness.text(once) == before
