@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modes_fx.errors import ModelError
 from modes_fx.modality import token_ids_for
-from modes_fx.optimize import no_moe_layer, report_of, trace_sites
+from modes_fx.optimize import is_optimized, no_moe_layer, optimized_state, report_of, trace_sites
 from modes_fx.regions import MoeLayer, find_moe_layers
 from modes_fx.report import Report, SiteReport
 
@@ -145,8 +145,8 @@ HEADINGS = ("site", "family", "T", "K", "E", "H", "I", "dispatch")
 
 
 def _row(site: InspectedSite, path: str) -> tuple[str, ...]:
-    verdict = f"{site.form} -> {site.dispatch}" if site.status == "rewritten" else site.code
-    sizes = (site.top_k or "?", site.num_experts, site.hidden_size, site.expert_width)
+    verdict = f"{site.form} -> {site.dispatch}" if site.status != "rejected" else site.code
+    sizes = (size or "?" for size in (site.top_k, site.num_experts, site.hidden_size, site.expert_width))
     return path, site.family, "any", *map(str, sizes), verdict
 
 
@@ -175,7 +175,8 @@ def inspect(
 
         config = read_config(model, trust_remote_code=trust_remote_code) if isinstance(model, (str, os.PathLike)) else model
         model = build_on_meta(config, trust_remote_code=trust_remote_code)
-    layers = find_moe_layers(model)
+    # An optimised model's stand-ins serve here too: converting its blocks once more would take their weights away.
+    layers = optimized_state(model).layers if is_optimized(model) else find_moe_layers(model)
     weight = next((layers[0].experts if layers else model).parameters(), torch.empty(0))
     on = _device(device, weight)
     facts: dict[str, Any] = {
@@ -191,8 +192,9 @@ def inspect(
         return Inspection(**facts, sites=(), notes=(no_moe_layer(model), *_notes(model)))
     with _uncompiled(model):
         state = trace_sites(model, layers, "moe", "compact" if on.type == "cpu" else "static", "threshold")
+        traced = zip(report_of(state).sites, state.layers, strict=True)
+        sites = tuple(_inspected(site, layer, facts["family"]) for site, layer in traced)
         state.undo()
-    sites = tuple(_inspected(site, layer) for site, layer in zip(report_of(state).sites, layers, strict=True))
     return Inspection(**facts, sites=sites, notes=_notes(model))
 
 
@@ -217,17 +219,22 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-def _inspected(site: SiteReport, layer: MoeLayer) -> InspectedSite:
-    down: Any = layer.experts.down_proj  # [E, H, I], or [E, I, H] where transposed
-    config: Any = layer.experts.config
+def _inspected(site: SiteReport, layer: MoeLayer, family: str) -> InspectedSite:
+    config: Any = getattr(layer.experts, "config", None)
     known = asdict(site)
     known["top_k"] = site.top_k or getattr(config, "num_experts_per_tok", None) or 0
+    if layer.form is not None:  # refused: what its experts are is not known
+        parameters = sum(parameter.numel() for parameter in layer.experts.parameters())
+        return InspectedSite(**known, family=family, parameters=parameters)
+    source: Any = getattr(layer.experts, "source", layer.experts)  # a stand-in's may compute with another module's weights
+    down: Any = getattr(source, "down_proj", None)  # [E, H, I], or [E, I, H] where transposed
+    transposed = getattr(layer.experts, "is_transposed", False)
     known["num_experts"] = site.num_experts or down.shape[0]
     return InspectedSite(
         **known,
-        family=getattr(config, "model_type", ""),
+        family=getattr(config, "model_type", family),
         hidden_size=layer.hidden_size,
-        expert_width=down.shape[-2] if getattr(layer.experts, "is_transposed", False) else down.shape[-1],
+        expert_width=0 if down is None else down.shape[-2 if transposed else -1],
         parameters=sum(parameter.numel() for parameter in layer.experts.parameters()),
     )
 

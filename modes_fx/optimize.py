@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
+from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
 from modes_fx.experts import IMPLEMENTATION
 from modes_fx.passes.site import SiteRecord
@@ -40,6 +41,7 @@ class _Optimized:
         self.model_name = type(model).__name__
         self.watches: list[Watch] = []
         self.regions = CompiledRegions()
+        self.conversions = Conversions()
         self.experts_before: list[tuple[Any, Any]] = []
 
     def __reduce__(self) -> Any:
@@ -49,6 +51,7 @@ class _Optimized:
         for watch in self.watches:
             watch.remove()
         self.regions.remove()
+        self.conversions.undo()
         for config, implementation in self.experts_before:
             config._experts_implementation = implementation
 
@@ -74,7 +77,8 @@ def optimize(
     evaluation harnesses go on working. Optimising an optimised model starts anew.
 
     Args:
-        model: A Hugging Face model whose experts use transformers' dispatch (64 families do).
+        model: A Hugging Face model whose experts use transformers' dispatch (64 families do), or whose MoE blocks can be
+            converted to it (``modes_fx.convert``): these are for inference alone, with ``region="moe"``.
         plan: A plan, or the path of one. None keeps every expert.
         target: Target skip ratio, one of ``plan.targets`` or any in ``plan.target_range``, see ``SkipPlan.point``; None takes
             the largest of ``plan.targets``.
@@ -94,7 +98,7 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: accelerate's hooks are inside a region other than ``"moe"``.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it or MoE blocks have to be converted.
         ModesFxError: An unknown region, dispatch or mode. The model is left as it was in every case.
     """
     if not isinstance(model, nn.Module):
@@ -107,7 +111,7 @@ def optimize(
         raise NoRoutingSiteError(no_moe_layer(model))
     plan, bounds = _resolve(model, plan, target, decode_target, len(layers))
     _check_compiler()
-    if getattr(model, _ATTRIBUTE, None) is not None:
+    if is_optimized(model):
         restore(model)
     state = trace_sites(model, layers, region, dispatch, plan.rule if plan else "threshold")
     try:
@@ -126,7 +130,7 @@ def optimize(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``optimize``: compiled regions, the watch on the modality and the experts implementation.
+    """Undo ``optimize``: compiled regions, converted blocks, the watch on the modality and the experts implementation.
 
     Raises:
         NotOptimizedError: The model is not optimised.
@@ -186,7 +190,12 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
     try:
         state.experts_before = _name_implementation(layers)
         _check_hooks(layers, region)
-        state.layers, state.rejections = probe(layers, state.runtime, dispatch)
+        _convert(state)
+        state.layers, state.rejections = probe(state.layers, state.runtime, dispatch, state.rejections)
+        for index in state.rejections:
+            if (block := state.layers[index].stands_for) is not None:
+                state.conversions.undo(block)
+            state.layers[index] = layers[index]
     except BaseException:
         state.undo()
         raise
@@ -196,7 +205,7 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
 def report_of(state: _Optimized) -> Report:
     """Return how each traced site ended."""
     records = [state.runtime.sites.get(i) or state.rejections[i] for i in range(len(state.layers))]
-    sites = tuple(_site_report(layer.name, record) for layer, record in zip(state.layers, records, strict=True))
+    sites = tuple(_site_report(layer, record) for layer, record in zip(state.layers, records, strict=True))
     return Report(state.model_name, state.region, sites, state.runtime.graphs)
 
 
@@ -223,9 +232,16 @@ def optimized_state(model: nn.Module) -> _Optimized:
     return state
 
 
-def _site_report(name: str, record: SiteRecord) -> SiteReport:
+def is_optimized(model: nn.Module) -> bool:
+    """Return whether ``optimize`` was called on the model and not undone."""
+    return isinstance(getattr(model, _ATTRIBUTE, None), _Optimized)
+
+
+def _site_report(layer: MoeLayer, record: SiteRecord) -> SiteReport:
     found = {item.name: getattr(record, item.name) for item in fields(SiteReport) if item.name != "name"}
-    return SiteReport(name, **found)
+    if record.status == "rewritten" and layer.stands_for is not None:
+        found["status"] = "converted"
+    return SiteReport(layer.name, **found)
 
 
 def no_moe_layer(model: nn.Module) -> str:
@@ -288,11 +304,24 @@ def _resolve(
 
 def _name_implementation(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
     """Make the experts run what ``modes_fx.experts`` says; return their configs and what each named before."""
-    configs: dict[int, Any] = {id(layer.experts.config): layer.experts.config for layer in layers}
+    configs: dict[int, Any] = {
+        id(layer.experts.config): layer.experts.config for layer in layers if layer.form is None and layer.stands_for is None
+    }
     before = [(config, config._experts_implementation) for config in configs.values()]
     for config in configs.values():
         config._experts_implementation = IMPLEMENTATION
     return before
+
+
+def _convert(state: _Optimized) -> None:
+    state.layers, state.rejections = state.conversions.convert(state.layers)
+    state.runtime.layers = tuple(state.layers)
+    if len(state.conversions) and state.region != "moe":
+        name = next(layer.name for layer in state.layers if layer.stands_for is not None)
+        raise ModelError(
+            f"{name} and its like have to be converted, which a trace of the layer around them does not see. "
+            f'Use region="moe" instead of {state.region!r}.'
+        )
 
 
 def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
@@ -312,8 +341,10 @@ def _compile(state: _Optimized, dispatch: Dispatch, dynamic: bool | None, settin
     rewritten = [layer for index, layer in enumerate(state.layers) if index in state.runtime.sites]
     for layer in rewritten:
         module = layer.region(state.region)
-        if module is not layer.experts and not any(module is known for known in regions.get(type(module), ())):
+        # A stand-in's experts alone, where its router cannot be traced, are compiled in place: no interface calls them.
+        in_place = module is not layer.experts or layer.stands_for is not None
+        if in_place and not any(module is known for known in regions.get(type(module), ())):
             regions.setdefault(type(module), []).append(module)
     for modules in regions.values():
         state.regions.add(modules, backend, dynamic, share=state.region == "moe")
-    state.regions.add_alone([layer.experts for layer in rewritten], backend, dynamic)
+    state.regions.add_alone([layer.experts for layer in rewritten if layer.stands_for is None], backend, dynamic)

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 KeepRule = Callable[[Tensor, Tensor], Tensor]
-"""``rule(weights_TK, bound_T) -> keep_TK``: float32 [T, K] and float32 [T] to bool [T, K]."""
+"""``rule(weights_TK, bound_T) -> keep_TK``: float32 [T, K] and float32 [T] to bool [T, K].
+
+A weight of minus infinity marks a pair that has no expert: no rule keeps it, whatever the bound.
+"""
 
 
 def at_least_threshold(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
@@ -31,7 +34,7 @@ def among_largest(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
     larger = weights_TK.unsqueeze(1) > weights_TK.unsqueeze(2)  # [T, k, j]: j beats k
     tied_before = (weights_TK.unsqueeze(1) == weights_TK.unsqueeze(2)).tril(diagonal=-1)
     rank = (larger | tied_before).sum(dim=2, dtype=torch.float32)
-    return rank < bound_T.unsqueeze(1)
+    return (rank < bound_T.unsqueeze(1)) & (weights_TK > -math.inf)
 
 
 def keep_pairs(rule: KeepRule, weights_S: Tensor, token_class: Tensor, bounds: Tensor, top_k: int) -> Tensor:

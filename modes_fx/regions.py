@@ -20,6 +20,7 @@ from torch._dynamo.decorators import skip
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from modes_fx.convert import Form, convertible
 from modes_fx.errors import ModelError, ModesFxError
 from modes_fx.experts import call_as_region, run_alone, stock_dispatch
 
@@ -47,6 +48,8 @@ class MoeLayer:
         block: The module around router and experts, or ``experts`` itself where the model has none.
         layer: The decoder layer.
         stack: The module that holds the list of decoder layers.
+        form: How the block can be converted, where its experts do not use transformers' dispatch; None once it is.
+        stands_for: The model's own block in whose place ``block`` runs once it is converted, else None.
     """
 
     name: str
@@ -54,6 +57,13 @@ class MoeLayer:
     block: nn.Module
     layer: nn.Module
     stack: nn.Module
+    form: Form | None = None
+    stands_for: nn.Module | None = None
+
+    @property
+    def place(self) -> nn.Module:
+        """The model's own module that is called."""
+        return self.block if self.stands_for is None else self.stands_for
 
     def region(self, region: Region) -> nn.Module:
         """Return the module to compile for a region."""
@@ -67,19 +77,24 @@ class MoeLayer:
 
 
 def find_moe_layers(model: nn.Module) -> list[MoeLayer]:
-    """Return the model's MoE layers, in module order: those whose experts use transformers' dispatch interface."""
+    """Return the model's MoE layers, in module order: those that use transformers' dispatch, and those that do not."""
     modules = dict(model.named_modules())
     found = []
-    for name, module in modules.items():
+    for own_name, own in modules.items():
+        form, name, module = None, own_name, own
         # What the decorator of transformers' experts interface leaves on every module that it serves.
         if not all(hasattr(module, mark) for mark in ("has_gate", "is_transposed", "_apply_gate")):
-            continue
+            candidate = convertible(own)
+            if candidate is None:
+                continue
+            form, name = candidate[0], f"{own_name}.{candidate[1]}".lstrip(".")
+            module = modules[name]
         parents = [name.rsplit(".", depth)[0] for depth in range(1, name.count(".") + 1)]
         listed = next((i for i, parent in enumerate(parents) if _in_list(parent, modules)), None)
         block = parents[0] if parents and listed != 0 else name  # experts right under the decoder layer: no block between
         layer = parents[listed] if listed is not None else block
         stack = parents[listed + 2] if listed is not None and listed + 2 < len(parents) else ""
-        found.append(MoeLayer(name, module, modules[block], modules[layer], modules[stack]))
+        found.append(MoeLayer(name, module, modules[block] if form is None else own, modules[layer], modules[stack], form))
     return found
 
 

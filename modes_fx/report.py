@@ -25,7 +25,8 @@ class SiteReport:
 
     Attributes:
         name: Path of the experts module in the model.
-        status: ``"rewritten"`` or ``"rejected"``.
+        status: ``"rewritten"``; ``"converted"``, which is rewritten too, after the block was made to use transformers' dispatch
+            (``modes_fx.convert``); or ``"rejected"``.
         code: Reason code of a rejection, else "".
         detail: A sentence on it, else "".
         form: The stock dispatch found last, ``"grouped_mm"`` or ``"batched_mm"``.
@@ -67,8 +68,13 @@ class Report:
 
     @property
     def rewritten(self) -> tuple[SiteReport, ...]:
-        """Sites whose skipped experts are not computed."""
-        return tuple(site for site in self.sites if site.status == "rewritten")
+        """Sites whose skipped experts are not computed, converted ones among them."""
+        return tuple(site for site in self.sites if site.status in ("rewritten", "converted"))
+
+    @property
+    def converted(self) -> tuple[SiteReport, ...]:
+        """Those of the rewritten sites whose block was converted to transformers' dispatch."""
+        return tuple(site for site in self.sites if site.status == "converted")
 
     @property
     def rejected(self) -> tuple[SiteReport, ...]:
@@ -86,6 +92,7 @@ class Report:
             for site in self.sites
         ]
         title = f"{self.model}, region {self.region!r}: {self.found} sites found, {len(self.rewritten)} rewritten"
+        title += f" ({len(self.converted)} converted)" if self.converted else ""
         headers = ("site", "status", "form", "dispatch", "K", "E", "reason")
         return f"{title}\n{tabulate(rows, headers=headers)}"
 

@@ -37,7 +37,7 @@ def watch_modality(model: nn.Module, layers: Sequence[MoeLayer], region: Region,
     vision_ids, sees_images = token_ids_for(model)
     regions = [layer.region(region) for layer in layers]
     inside = {id(part) for module in regions for part in module.modules() if part is not module}
-    experts = {id(layer.experts) for layer in layers}
+    experts = {id(layer.experts if layer.stands_for is None else layer.stands_for) for layer in layers}
     watches: list[Watch] = []
     for module in model.modules():
         if id(module) in inside or not any(id(part) in experts for part in module.modules()):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modes_fx.policy import RULES, among_largest, at_least_threshold
+from modes_fx.policy import RULES, Rule, among_largest, at_least_threshold
 from tests import oracle
 
 FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -25,6 +25,13 @@ def test_a_threshold_of_zero_keeps_weights_of_zero_and_an_infinite_one_keeps_not
     weights = torch.tensor([[1.0, 0.0]])
     assert at_least_threshold(weights, torch.tensor([0.0])).all()
     assert not at_least_threshold(weights, torch.tensor([math.inf])).any()
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_a_pair_without_an_expert_is_never_kept(rule: Rule) -> None:
+    weights = torch.tensor([[-math.inf, 0.6, 0.0]])
+    assert rule.keep(weights, torch.tensor([rule.keep_all])).tolist() == [[False, True, True]]
+    assert not rule.keep(weights, torch.tensor([rule.skip_all])).any()
 
 
 def test_ties_go_to_the_earlier_expert_so_that_exactly_k_are_kept() -> None:

@@ -60,7 +60,7 @@ def _print(inspection: Inspection, each: bool) -> None:
         for heading in sizes:
             table.add_column(heading, justify="right", no_wrap=True)
         for (path, family, *numbers, verdict), site in inspection.rows(each=each):
-            colour = "green" if site.status == "rewritten" else "red"
+            colour = "green" if site.status != "rejected" else "red"
             table.add_row(f"{escape(path)}\n[dim]{escape(family)}[/]  [{colour}]{escape(verdict)}[/]", *numbers)
         console.print(table)
     for line in inspection.explanations():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tests.families.family import Family, family, token_ids
 
-LOOP = "rejected:NOT_FOUND"
+CONVERTED = "converted"
 """A loop over experts, or dense products over all of them, which transformers' dispatch never sees."""
 
 
@@ -35,12 +35,12 @@ TEXT: tuple[Family, ...] = (
     family("bailing_hybrid"),
     family("beam"),
     family("cohere2_moe"),
-    family("dbrx", LOOP, d_model=32, attn_config={"rope_theta": 10000.0, "clip_qkv": 8.0}),
+    family("dbrx", CONVERTED, d_model=32, attn_config={"rope_theta": 10000.0, "clip_qkv": 8.0}),
     family("deepseek_v2", num_experts_per_tok=3),
     family("deepseek_v3"),
     family("deepseek_v32"),
     family("deepseek_v4", auto=hash_routed),
-    family("doge", LOOP, is_moe=True),
+    family("doge", "rejected:EXPERTS_ARE_EMBEDDINGS", is_moe=True),
     family("dots1", n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=3, first_k_dense_replace=1),
     family("ernie4_5_moe"),
     family("exaone_moe"),
@@ -58,13 +58,13 @@ TEXT: tuple[Family, ...] = (
     family("hy_v3"),
     family("hy_v4"),
     family("jamba", attn_layer_offset=0, attn_layer_period=2, expert_layer_period=1, expert_layer_offset=0),
-    family("jetmoe", LOOP),
+    family("jetmoe", CONVERTED),
     family("kimi_linear"),
     family("kolibri1"),
     family("laguna", num_attention_heads_per_layer=[2, 2, 4]),
     family("lfm2_moe", layer_types=["conv", "full_attention", "conv"]),
-    family("llama4", LOOP, kind="llama4_text"),
-    family("longcat_flash", LOOP, head_dim=8),
+    family("llama4", CONVERTED, kind="llama4_text", num_experts_per_tok=1),
+    family("longcat_flash", CONVERTED, head_dim=8),
     family("mellum"),
     family("mimo_v2_flash", num_key_value_heads=1),
     family("minimax"),
@@ -80,7 +80,7 @@ TEXT: tuple[Family, ...] = (
         word_timestamp_config={"blank_token_id": 0},
         text_config={"layers_block_type": ["linear_attention", "moe", "full_attention"]},
     ),
-    family("nllb_moe", LOOP, kind="nllb-moe", auto=_SEQ2SEQ, inputs=two_sequences),
+    family("nllb_moe", "rejected:CAPACITY", kind="nllb-moe", auto=_SEQ2SEQ, inputs=two_sequences),
     family("olmoe"),
     family("openai_privacy_filter", auto=_TOKENS),
     family("phimoe"),
@@ -88,6 +88,6 @@ TEXT: tuple[Family, ...] = (
     family("qwen3_moe"),
     family("qwen3_next"),
     family("solar_open"),
-    family("switch_transformers", LOOP, auto=_SEQ2SEQ, inputs=two_sequences),
+    family("switch_transformers", "rejected:CAPACITY", auto=_SEQ2SEQ, inputs=two_sequences),
     family("zaya", num_experts_per_tok=1),
 )

@@ -24,7 +24,7 @@ from tests.families.pictures import (
     whole,
     with_canvas,
 )
-from tests.families.text import LOOP
+from tests.families.text import CONVERTED
 
 _SEEN: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 _HEARD: dict[str, Any] = {"audio_token_id": AUDIO}
@@ -120,8 +120,9 @@ VISION: tuple[Family, ...] = (
     _sees(
         "llama4",
         whole(16, 4),
-        LOOP,
+        CONVERTED,
         image_token_index=IMAGE,
+        text_config={"num_experts_per_tok": 1},
         vision_config={**_ONE, "image_size": 16, "intermediate_size": 128},
     ),
     _sees("minimax_m3_vl", patches(96), image_token_index=IMAGE, video_token_index=VIDEO, vision_config=_ONE),
@@ -152,7 +153,7 @@ VISION: tuple[Family, ...] = (
         vision_config=_QWEN,
         text_config={**{f"indexer_{name}": value for name, value in _INDEXER.items()}, **_rope(1, 1, 0)},
     ),
-    _sees("step3p7", whole(32, 4), LOOP, image_token_id=IMAGE, text_config={"sliding_window": 128}),
+    _sees("step3p7", whole(32, 4), CONVERTED, image_token_id=IMAGE, text_config={"sliding_window": 128}),
     _sees(
         "unlimited_ocr",
         whole(32, 7),
