@@ -119,7 +119,9 @@ def optimize(
             raise _no_site(state)
         _compile(state, dispatch, dynamic, settings)
         # last, so that watches stand in front of regions
-        state.watches = watch_modality(model, state.layers, region, lambda: not state.runtime.keeps_all)
+        state.watches = watch_modality(
+            model, state.layers, region, lambda: not state.runtime.keeps_all, state.conversions.check_called
+        )
         state.runtime.set_bounds(bounds)
     except BaseException:
         state.undo()

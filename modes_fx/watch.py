@@ -25,7 +25,13 @@ _TAKES_CANVAS = {"decoder_input_ids"}  # of a block diffusion decoder: tokens th
 _EXPERT_GROUPS = {"text_moe": False, "vision_moe": True}  # the parents of ernie4_5_vl_moe's experts
 
 
-def watch_modality(model: nn.Module, layers: Sequence[MoeLayer], region: Region, required: Callable[[], bool]) -> list[Watch]:
+def watch_modality(
+    model: nn.Module,
+    layers: Sequence[MoeLayer],
+    region: Region,
+    required: Callable[[], bool],
+    forward_ended: Callable[[], None],
+) -> list[Watch]:
     """Watch each module, on the way down to the regions, that knows its tokens.
 
     Args:
@@ -33,6 +39,7 @@ def watch_modality(model: nn.Module, layers: Sequence[MoeLayer], region: Region,
         layers: Its MoE layers.
         region: What is compiled. A watch stands in front of a region, never inside.
         required: Says whether anything depends on the modality now; if not, it may stay unknown.
+        forward_ended: Called after each forward.
     """
     vision_ids, sees_images = token_ids_for(model)
     regions = [layer.region(region) for layer in layers]
@@ -44,13 +51,13 @@ def watch_modality(model: nn.Module, layers: Sequence[MoeLayer], region: Region,
             continue
         takes = set(inspect.signature(module.forward).parameters)
         if takes & _TAKES_TOKENS:
-            watches.append(ModalityWatch(module, vision_ids, sees_images=sees_images, required=required))
+            watches.append(ModalityWatch(module, vision_ids, sees_images, required, forward_ended))
         elif takes & _TAKES_PIXELS and "input_ids" not in takes:
             watches.append(OneClassWatch(module, Tokens(torch.tensor(VISION), "prefill")))
         elif takes & _TAKES_CANVAS and "input_ids" not in takes:
             watches.append(OneClassWatch(module, Tokens(torch.tensor(TEXT), "decode")))
     if not watches:
-        watches.append(ModalityWatch(model, vision_ids, sees_images=sees_images, required=required))
+        watches.append(ModalityWatch(model, vision_ids, sees_images, required, forward_ended))
     for layer in layers:
         parent = layer.name.rpartition(".")[0]
         if (group := _EXPERT_GROUPS.get(parent.rpartition(".")[2])) is not None:
@@ -82,9 +89,14 @@ class Watch:
         call = self._before or self._module._call_impl
         outside = RUNNING.set(self._about(args, kwargs))  # no context manager: dynamo cannot trace one from its own frame
         try:
-            return call(*args, **kwargs)
+            result = call(*args, **kwargs)
         finally:
             RUNNING.reset(outside)
+        self._ended()
+        return result
+
+    def _ended(self) -> None:
+        """Called after each call that raised nothing."""
 
     @torch._dynamo.disable  # type: ignore[untyped-decorator]
     def _about(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
@@ -136,16 +148,28 @@ class ModalityWatch(Watch):
         vision_ids: Placeholder ids of visual tokens.
         sees_images: Whether the model has a vision tower at all. If not, every token is text.
         required: Says whether anything depends on the modality now; if not, it may stay unknown.
+        forward_ended: Called after each call that is inside of no other watched one.
     """
 
     def __init__(
-        self, module: nn.Module, vision_ids: tuple[int, ...], *, sees_images: bool, required: Callable[[], bool]
+        self,
+        module: nn.Module,
+        vision_ids: tuple[int, ...],
+        sees_images: bool,
+        required: Callable[[], bool],
+        forward_ended: Callable[[], None],
     ) -> None:
         super().__init__(module)
         self._parameters = tuple(inspect.signature(module.forward).parameters)
         self._vision_ids = vision_ids
         self._sees_images = sees_images
         self._required = required
+        self._forward_ended = forward_ended
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def _ended(self) -> None:
+        if modality.running() is None:
+            self._forward_ended()
 
     def _tokens(self, outer: Tokens | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}

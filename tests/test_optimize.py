@@ -338,7 +338,7 @@ def test_a_dispatch_that_is_switched_afterwards_is_rewritten_too(vlm: nn.Module,
 def test_generate_leaves_the_dispatch_of_optimised_experts_alone(
     vlm: nn.Module, inputs: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Off the CPU, generate decodes with batched_mm where a config names grouped_mm: the parent's, here, but not the experts'."""
+    """Off the CPU, generate decodes with batched_mm where a config names grouped_mm: the parent's, but not the experts'."""
     stock = vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
     seen: list[dict[str, str]] = []
 

@@ -10,8 +10,10 @@ from torch._dynamo.exc import Unsupported
 from transformers import CompileConfig
 
 import modes_fx
+from modes_fx.errors import ModelError
 from modes_fx.plan import SkipPlan
 from tests import tiny
+from tests.convert.cases import CASES
 from tests.harness import logits
 
 pytestmark = [
@@ -114,3 +116,19 @@ def test_generate_with_its_own_compilation_skips(text_model: nn.Module) -> None:
     assert actual.equal(expected)
     assert stats.pairs_kept.equal(plain.pairs_kept)
     assert hasattr(text_model, "_compiled_call")  # generate did compile
+
+
+@pytest.mark.parametrize("case", ["deepseek", "llama4"])
+def test_converted_blocks_skip_or_are_refused(case: str) -> None:
+    """Some blocks break the outer graph, and then their stand-ins run; others are inlined, and nothing would be skipped."""
+    torch._dynamo.reset()
+    model = modes_fx.optimize(CASES[case].make(), PLAN)
+    inputs = tiny.text_batch()
+    expected = logits(model, inputs)
+    outer = torch.compile(model, backend="eager")
+    if case == "llama4":
+        with pytest.raises(ModelError, match="passes its converted blocks by"):
+            logits(outer, inputs)
+    else:
+        assert (logits(outer, inputs) - expected).abs().max() <= 1e-5
+    torch._dynamo.reset()

@@ -148,7 +148,7 @@ def test_a_language_model_that_gets_fewer_tokens_asks_for_their_modality(vlm: nn
 def test_a_decoder_behind_an_encoder_has_tokens_of_its_own() -> None:
     config = tiny_config("switch_transformers")
     model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
-    watches = [ModalityWatch(module, (), sees_images=False, required=lambda: True) for module in (model, model.decoder)]
+    watches = [ModalityWatch(module, (), False, lambda: True, lambda: None) for module in (model, model.decoder)]
     seen = []
     for stack in (model.encoder, model.decoder):
         stack.block[0].register_forward_pre_hook(lambda *args: seen.append(modality.running().ids.tolist()))

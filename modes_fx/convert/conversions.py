@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modes_fx.convert.form import StandIn
-from modes_fx.errors import NotOptimizedError
+from modes_fx.errors import ModelError, NotOptimizedError
 from modes_fx.passes.site import Reject, SiteRecord
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Conversions:
 
     def __init__(self) -> None:
         self._done: dict[nn.Module, tuple[StandIn, Any]] = {}
+        self._called = False
 
     def __len__(self) -> int:
         return len(self._done)
@@ -48,9 +49,25 @@ class Conversions:
                 refused[index] = SiteRecord("", layer.name, "rejected", reason.code, reason.detail)
                 continue
             self._done[layer.block] = stand_in, layer.block._compiled_call_impl
-            layer.block._compiled_call_impl = _Call(layer.block, stand_in)
+            layer.block._compiled_call_impl = _Call(layer.block, stand_in, self._note_call)
             converted[index] = replace(layer, experts=stand_in.experts, block=stand_in.block, stands_for=layer.block, form=None)
         return converted, refused
+
+    def _note_call(self) -> None:
+        self._called = True
+
+    def check_called(self) -> None:
+        """Refuse what passes all stand-ins by: a trace around the model inlines the blocks' own code.
+
+        Raises:
+            ModelError: A forward has ended, and no stand-in was called since the last one.
+        """
+        if self._done and not self._called:
+            raise ModelError(
+                f"A forward ran {type(next(iter(self._done))).__name__}'s own code and skipped nothing: a torch.compile around "
+                "the model passes its converted blocks by. Run it without, or call modes_fx.restore(model)."
+            )
+        self._called = False
 
     def undo(self, place: nn.Module | None = None) -> None:
         """Give one block, or all, their own call and weights back."""
@@ -63,9 +80,10 @@ class Conversions:
 class _Call:
     """Calls the stand-in, as long as it stands for the block's weights as they are."""
 
-    def __init__(self, block: nn.Module, stand_in: StandIn) -> None:
+    def __init__(self, block: nn.Module, stand_in: StandIn, note: Callable[[], None]) -> None:
         self._block = block
         self._stand_in = stand_in
+        self._note = note
 
     @torch._dynamo.disable(reason="a block that modes_fx converted is compiled on its own")  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,4 +97,5 @@ class _Call:
                 f"The experts' weights of this {type(self._block).__name__} were moved or replaced after optimize(). Call "
                 "modes_fx.restore(model) and modes_fx.optimize(model) again."
             )
+        self._note()
         return self._stand_in.block(*args, **kwargs)
