@@ -4,7 +4,7 @@ BIN    := $(VENV)/bin
 SYNC   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -18,7 +18,7 @@ demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluat
 	$(BIN)/modes-fx demo --out out/demo
 
 test: $(SYNC)  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .
@@ -27,6 +27,9 @@ lint: $(SYNC)  ## check style and types
 
 bench: $(SYNC)  ## time an MoE block of Qwen3-VL-30B-A3B against stock settings
 	$(BIN)/python benchmarks/moe_block.py
+
+coverage: $(SYNC)  ## write the README's table of model families anew
+	$(BIN)/python -m tests.families.coverage --write README.md
 
 clean:  ## remove the environment and all output
 	rm -rf $(VENV) out

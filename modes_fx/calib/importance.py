@@ -51,6 +51,14 @@ class Importance:
     forwards: float = 0.0
     seconds: float = 0.0
 
+    @classmethod
+    def of(cls, kl: Tensor, mode: Mode, answer_tokens: int, method: Method, forwards: float, seconds: float) -> Importance:
+        """Normalise float64 [L, 2] of divergences; the rest as in the attributes."""
+        # A modality that is absent from the data, or has no influence, has no layer above another.
+        by_modality = kl.sum(dim=0)
+        alpha = torch.where(by_modality > 0, kl / by_modality, torch.full_like(kl, 1 / len(kl)))
+        return cls(_rows(alpha), _rows(kl), mode, answer_tokens, method, forwards, seconds)
+
 
 def layer_importance(
     model: nn.Module,
@@ -93,10 +101,7 @@ def layer_importance(
     if not total:
         raise CalibrationError("Calibration needs at least one batch.")
     kl = (torch.tensor(sums, dtype=torch.float64) / total).clamp(min=0).view(-1, len(MODALITIES))
-    # A modality that is absent from the data, or has no influence, has no layer above another.
-    by_modality = kl.sum(dim=0)
-    alpha = torch.where(by_modality > 0, kl / by_modality, torch.full_like(kl, 1 / len(kl)))
-    return Importance(_rows(alpha), _rows(kl), mode, int(total), method, forwards, time.monotonic() - started)
+    return Importance.of(kl, mode, int(total), method, forwards, time.monotonic() - started)
 
 
 def _measure(

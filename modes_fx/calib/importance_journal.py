@@ -72,16 +72,9 @@ def resumable_importance(
             tokens += known["answer_tokens"]
             forwards += known["forwards"] * len(share) / max(len(data), 1)
             used.add(known["method"])
-    kl = sums / tokens
-    by_modality = kl.sum(dim=0)
-    alpha = torch.where(by_modality > 0, kl / by_modality, torch.full_like(kl, 1 / len(kl)))
     whole: Method = "naive" if "naive" in used else method
-    return Importance(_rows(alpha), _rows(kl), mode, tokens, whole, forwards, time.monotonic() - started)
+    return Importance.of(sums / tokens, mode, tokens, whole, forwards, time.monotonic() - started)
 
 
 def _of_part(part: int, parts: int, on_step: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:
     return None if on_step is None else lambda done, total: on_step(part * total + done, parts * total)
-
-
-def _rows(table: torch.Tensor) -> tuple[tuple[float, float], ...]:
-    return tuple((float(text), float(vision)) for text, vision in table)
