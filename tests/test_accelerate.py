@@ -9,9 +9,11 @@ import transformers
 from torch import nn
 
 import modes_fx
+from modes_fx.calib import layer_importance
 from modes_fx.errors import ModelError
 from modes_fx.plan import SkipPlan
 from tests import tiny
+from tests.calib.conftest import with_answers
 from tests.harness import logits
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -75,3 +77,10 @@ def test_from_pretrained_with_layers_on_disk(vlm: nn.Module, tmp_path: Path) -> 
     )
     assert model.model.language_model.layers[1].mlp.experts.gate_up_proj.is_meta
     assert (logits(modes_fx.optimize(model, PLAN), INPUTS) - expected).abs().max() <= 1e-5
+
+
+def test_calibration_of_a_hooked_model_finds_the_same() -> None:
+    batches = [with_answers(1), with_answers(2)]
+    alone = layer_importance(tiny.make(), batches)
+    spread = layer_importance(hooked(tiny.make(), "device_map", Path()), batches)
+    assert (spread.kl, spread.method) == (alone.kl, alone.method)
