@@ -92,8 +92,8 @@ class Budget:
             forward = _forward.get()
             if forward is None or forward.budget is not self or forward.tokens is not tokens or layer <= forward.layer:
                 counts = torch.stack([(token_class == index).sum() for index in range(len(MODALITIES))]).float()
-                wanted = self.aim * len(ahead_LGM) * counts.sum(dim=0, keepdim=True)
-                base = torch.searchsorted(ahead_LGM[0] @ counts, wanted).clamp(max=last)
+                wanted = self.aim * (len(ahead_LGM) - layer) * counts.sum(dim=0, keepdim=True)
+                base = torch.searchsorted(ahead_LGM[layer] @ counts, wanted).clamp(max=last)
                 forward = _Forward(self, tokens, layer, counts, base, torch.zeros_like(wanted))
                 _forward.set(forward)
             forward.layer = layer
