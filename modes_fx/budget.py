@@ -54,6 +54,11 @@ class _Forward:
     base: Tensor
     owed: Tensor
 
+    def move(self, device: torch.device) -> None:
+        """Follow the layers to the device that they are on."""
+        if self.owed.device != device:
+            self.counts, self.base, self.owed = (each.to(device) for each in (self.counts, self.base, self.owed))
+
 
 _forward: ContextVar[_Forward | None] = ContextVar("modes_fx_budgeted_forward", default=None)
 
@@ -74,8 +79,8 @@ class Budget:
         padding = torch.full_like(path[..., :1], math.inf)
         rows_LGC = torch.cat([path, padding], dim=2).transpose(0, 1).contiguous()
         shares_LGM = shares.transpose(0, 1).contiguous()
-        ahead_LGM = shares_LGM.flip(0).cumsum(0).flip(0)  # of this layer and all after it
-        self._tables = {torch.device("cpu"): (rows_LGC, shares_LGM, ahead_LGM)}
+        ahead_LGM = shares_LGM.flip(0).cumsum(0).flip(0)  # of a layer and all after it
+        self._tables = {torch.device("cpu"): list(zip(rows_LGC, shares_LGM, ahead_LGM, strict=True))}
 
     def row(self, layer: int, tokens: Tokens, token_class: Tensor) -> Tensor:
         """Return a layer's bounds, float32 [classes], for the running forward.
@@ -85,44 +90,45 @@ class Budget:
             tokens: The forward's tokens.
             token_class: int64 [T], their classes.
         """
-        device = token_class.device
-        with torch.inference_mode(False), torch.no_grad():
-            rows_LGC, _, ahead_LGM = self._on(device)
-            last = len(rows_LGC[layer]) - 1
+        with torch.inference_mode(False):
+            tables = self._on(token_class.device)
+            rows_GC, _, ahead_GM = tables[layer]
             forward = _forward.get()
             if forward is None or forward.budget is not self or forward.tokens is not tokens or layer <= forward.layer:
                 counts = torch.stack([(token_class == index).sum() for index in range(len(MODALITIES))]).float()
-                wanted = self.aim * (len(ahead_LGM) - layer) * counts.sum(dim=0, keepdim=True)
-                base = torch.searchsorted(ahead_LGM[layer] @ counts, wanted).clamp(max=last)
+                wanted = self.aim * (len(tables) - layer) * counts.sum(dim=0, keepdim=True)
+                base = torch.searchsorted(ahead_GM @ counts, wanted).clamp(max=len(rows_GC) - 1)
                 forward = _Forward(self, tokens, layer, counts, base, torch.zeros_like(wanted))
                 _forward.set(forward)
             forward.layer = layer
-            expected_G = ahead_LGM[layer] @ forward.counts.to(device)
-            wanted = expected_G.index_select(0, forward.base.to(device)) + forward.owed.to(device)
-            position = torch.searchsorted(expected_G, wanted).clamp(max=last)
-            return rows_LGC[layer].index_select(0, position).view(-1)
+            forward.move(token_class.device)
+            expected_G = ahead_GM @ forward.counts
+            wanted = expected_G.index_select(0, forward.base) + forward.owed
+            position = torch.searchsorted(expected_G, wanted).clamp(max=len(rows_GC) - 1)
+            return rows_GC.index_select(0, position).view(-1)
 
-    def note(self, layer: int, top_k: int, offsets: Tensor) -> None:
+    def note(self, layer: int, top_k: int, kept: Tensor) -> None:
         """Take note of what a layer kept.
 
         Args:
             layer: Index of the layer.
             top_k: K.
-            offsets: int32 [E], end of each expert's rows: the last is the number of pairs kept.
+            kept: Pairs, an integer of one element.
         """
         forward = _forward.get()
         if forward is None or forward.budget is not self:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            counts, base = forward.counts.to(offsets.device), forward.base.to(offsets.device)
-            expected = self._on(offsets.device)[1][layer].index_select(0, base) @ counts
-            dropped = counts.sum() - offsets[-1:] / top_k
-            forward.owed = forward.owed.to(offsets.device) + expected - dropped
+        with torch.inference_mode(False):
+            forward.move(kept.device)
+            _, shares_GM, _ = self._on(kept.device)[layer]
+            expected = shares_GM.index_select(0, forward.base) @ forward.counts
+            forward.owed = forward.owed + expected - forward.counts.sum() + kept / top_k
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _on(self, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return each layer's bounds [G, C], expected shares [G, 2] and, summed with those of all layers after it, [G, 2]."""
         if device not in self._tables:
-            rows, shares, ahead = self._tables[torch.device("cpu")]
-            self._tables[device] = (rows.to(device), shares.to(device), ahead.to(device))
+            tables = self._tables[torch.device("cpu")]
+            self._tables[device] = [(rows.to(device), shares.to(device), ahead.to(device)) for rows, shares, ahead in tables]
         return self._tables[device]
 
 

@@ -99,7 +99,7 @@ class ModelRuntime:
         if running is not None and self.stats.recording:
             self.stats.count(layer, top_k, perm, offsets, running)
         if running is not None and running.phase == "prefill" and self._budget is not None:
-            self._budget.note(layer, top_k, offsets)
+            self._budget.note(layer, top_k, offsets[-1])
 
     def _find(self, weights: Sequence[Tensor], binding: Binding) -> int:
         """Look a layer up by its parameters as they are now (offloading replaces them)."""

@@ -64,7 +64,7 @@ def forward(budget: Budget, classes: Tensor, weights_LTK: Tensor, *, feedback: b
         pairs = int((weights_TK >= row[classes].unsqueeze(1)).sum())
         kept += pairs
         if feedback:
-            budget.note(layer, TOP_K, torch.tensor([pairs // 2, pairs], dtype=torch.int32))
+            budget.note(layer, TOP_K, torch.tensor(pairs, dtype=torch.int32))
     return 1 - kept / (int((classes != PADDING).sum()) * TOP_K * len(weights_LTK))
 
 
@@ -94,7 +94,7 @@ def test_equal_weights_are_kept_or_dropped_together() -> None:
 
 
 def test_the_path_ascends_through_the_measured_points_that_do(plan: SkipPlan) -> None:
-    rows, shares, ahead = budget_at(plan)._tables[torch.device("cpu")]
+    rows, shares, ahead = (torch.stack(tables) for tables in zip(*budget_at(plan)._tables[torch.device("cpu")], strict=True))
     path = rows[..., :2].transpose(0, 1)
     assert path[0].eq(0).all()
     assert path[-1].isinf().all()
@@ -141,7 +141,7 @@ def test_each_forward_starts_anew_also_for_the_same_tokens(plan: SkipPlan) -> No
     budget, classes = budget_at(plan), mixed(10, 20)
     tokens = Tokens(classes.unsqueeze(0), "prefill")
     first = budget.row(0, tokens, classes)
-    budget.note(0, TOP_K, torch.tensor([30 * TOP_K], dtype=torch.int32))  # nothing was dropped
+    budget.note(0, TOP_K, torch.tensor(30 * TOP_K))  # nothing was dropped
     assert (budget.row(1, tokens, classes)[:2] > budget_at(plan).row(1, tokens, classes)[:2]).all()
     assert budget.row(0, tokens, classes).equal(first)
 
@@ -152,7 +152,7 @@ def test_nothing_is_asked_back_from_the_device(plan: SkipPlan) -> None:
     tokens = Tokens(classes.unsqueeze(0), "prefill")
     for layer in range(LAYERS):
         assert budget.row(layer, tokens, classes).shape == (3,)
-        budget.note(layer, TOP_K, torch.zeros(4, dtype=torch.int32, device="meta"))
+        budget.note(layer, TOP_K, torch.zeros((), dtype=torch.int32, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -262,8 +262,10 @@ def test_it_runs_in_inference_mode_and_out_of_it(optimized: nn.Module, context: 
     assert logits(optimized, inputs).isfinite().all()
 
 
-def test_a_region_of_all_layers_takes_the_first_step(vlm: nn.Module, without_inductor: None) -> None:
-    modes_fx.optimize(vlm, region="model")
+@pytest.mark.parametrize(("region", "dispatch"), [("moe", "static"), ("layer", "compact"), ("model", "compact")])
+def test_any_region_and_dispatch_is_steered(vlm: nn.Module, without_inductor: None, region: Any, dispatch: Any) -> None:
+    """A region of all layers takes the first step only."""
+    modes_fx.optimize(vlm, region=region, dispatch=dispatch)
     modes_fx.set_plan(vlm, searched(vlm, tiny.mixed_batch(seed=5)), 0.5)
     with modes_fx.stats(vlm) as stats:
         logits(vlm, tiny.mixed_batch(seed=5))
