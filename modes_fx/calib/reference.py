@@ -61,7 +61,7 @@ def import_reference(
             as it stands in its file. It makes a difference only where it does not.
 
     Returns:
-        A plan with a point for each pair of thresholds. What they skip is not known: ``realised`` and ``kl`` are empty.
+        A plan with a point for each pair of thresholds. What they skip was not measured: ``realised`` and ``kl`` are empty.
 
     Raises:
         PlanError: A file is unreadable, holds more than numbers, has another form, or more layers than the model.
