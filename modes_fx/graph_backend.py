@@ -99,6 +99,8 @@ class GraphRuntime:
         named = {match[1]: i for i, source in enumerate(sources) if (match := re.search(r"\['(\w+)'\]$", source))}
         self.input_ids, self._attention_mask = named.get("input_ids"), named.get("attention_mask")
         self._vision_ids = tuple((plan.model.get("vision_token_ids", ()) if plan else ()) or vision_token_ids or ())
+        if plan is not None and plan.mode != "fixed":
+            raise PlanError(f"A plan of mode {plan.mode!r} needs modes_fx.optimize(model, plan).")
         rule = RULES[plan.rule if plan else "threshold"]
         layers = len(plan.alpha) if plan and plan.alpha else 1
         self._bounds = torch.full((layers, self.num_classes), rule.keep_all)

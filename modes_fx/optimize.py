@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
+from modes_fx.budget import Budget, budget_of
 from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
 from modes_fx.experts import IMPLEMENTATION
@@ -287,7 +288,7 @@ def _resolve(
     target: float | None,
     decode_target: float | None,
     num_layers: int,
-) -> tuple[SkipPlan | None, Tensor | None]:
+) -> tuple[SkipPlan | None, Tensor | Budget | None]:
     if plan is None:
         for name, value in (("target", target), ("decode_target", decode_target)):
             if value is not None:
@@ -301,7 +302,7 @@ def _resolve(
     bounds = plan.bounds(num_layers, target)
     if decode_target is not None:
         bounds = torch.stack([bounds, plan.bounds(num_layers, decode_target)])
-    return plan, bounds
+    return plan, budget_of(plan, num_layers, bounds, target) if plan.mode == "budget" else bounds
 
 
 def _name_implementation(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from modes_fx.modality import vision_token_ids
 from modes_fx.policy import RULES
 
 SCHEMA_VERSION = 2
+Mode = Literal["fixed", "budget"]
 
 # What a config says of a run or a file rather than of the architecture: two dtypes of one model share their plans.
 _VOLATILE_KEYS = {
@@ -74,6 +75,10 @@ class SkipPlan:
         rule: Name of the keep-rule in ``modes_fx.policy.RULES``.
         frontier: All points measured on the calibration data that no other beats in both skip ratio and loss, ascending in
             both: the target of each is its ``realised["calibration"]``, its loss ``kl["calibration"]``.
+        mode: ``"fixed"``: the thresholds as they are, whatever an input's own skip ratio. ``"budget"``: thresholds move so that
+            each prefill keeps to the target; see ``modes_fx.budget``.
+        weights: For each MoE layer (text, vision), quantiles of the routing weights of the unskipped model on the calibration
+            data, at equal steps from the smallest to the largest; needed for budgets.
     """
 
     points: tuple[PlanPoint, ...]
@@ -83,6 +88,8 @@ class SkipPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rule: str = "threshold"
     frontier: tuple[PlanPoint, ...] = ()
+    mode: Mode = "fixed"
+    weights: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.points:
@@ -94,6 +101,16 @@ class SkipPlan:
         for row in self.alpha or ():
             if len(row) != 2 or any(not math.isfinite(value) or value < 0 for value in row):
                 raise PlanError(f"alpha holds a (text, vision) pair of finite numbers >= 0 for each layer, got {row!r}.")
+        for columns in self.weights:
+            if len(columns) != 2 or not all(len(each) > 1 and all(a <= b for a, b in pairwise(each)) for each in columns):
+                raise PlanError("weights holds, for each layer, ascending quantiles for (text, vision), at least 2 of each.")
+        if self.mode not in get_args(Mode):
+            raise PlanError(f"Unknown mode {self.mode!r} of a plan; known: {', '.join(get_args(Mode))}.")
+        if self.mode == "budget" and (not self.weights or self.rule != "threshold"):
+            raise PlanError(
+                "A budget needs thresholds, and quantiles of the routing weights that they are set on: use a plan that "
+                "modes_fx.calib.search() made."
+            )
         missing = math.nan
         measured = [(p.realised.get("calibration", missing), p.kl.get("calibration", missing)) for p in self.frontier]
         if any(math.isnan(value) for pair in measured for value in pair):
@@ -206,12 +223,14 @@ class SkipPlan:
             )
         try:
             if version == 1:
-                content["frontier"] = []
+                content |= {"frontier": [], "mode": "fixed", "weights": []}
             points, frontier = _points(content["points"]), _points(content["frontier"])
             alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
-            given = ("points", "alpha", "layers", "frontier")
-            rest = {item.name: content[item.name] for item in fields(cls) if item.name not in given}
-            return cls(points=points, alpha=alpha or None, layers=tuple(content["layers"]), frontier=frontier, **rest)
+            weights = tuple(tuple(tuple(map(float, values)) for values in row) for row in content["weights"])
+            layers = tuple(content["layers"])
+            read: dict[str, Any] = {"points": points, "frontier": frontier, "alpha": alpha or None}
+            read |= {"layers": layers, "weights": weights}
+            return cls(**read, **{item.name: content[item.name] for item in fields(cls) if item.name not in read})
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx import modality
+from modes_fx.budget import Budget
 from modes_fx.errors import ModalityError, ModelError, NotOptimizedError
 from modes_fx.modality import PADDING, Tokens
 from modes_fx.passes.site import SiteRecord
@@ -40,7 +41,8 @@ class ModelRuntime:
         with torch.inference_mode(False):
             self._bounds = torch.full((len(PHASES), len(layers), self.num_classes), rule.keep_all)
             self._bounds[..., PADDING] = rule.skip_all
-        self._given: Tensor | None = None
+        self._given: Tensor | Budget | None = None
+        self._budget: Budget | None = None
         self._on_device: dict[tuple[int, int, torch.device], Tensor] = {}
         # By the ids of weight and region; weak, since offloading makes new tensors.
         self._layer_of: dict[tuple[int, int], tuple[weakref.ref[Tensor], int]] = {}
@@ -48,22 +50,24 @@ class ModelRuntime:
     @property
     def recording(self) -> bool:
         """Whether dispatched pairs are counted."""
-        return self.stats.recording
+        return self.stats.recording or self._budget is not None
 
     @property
-    def bounds_in_force(self) -> Tensor | None:
+    def bounds_in_force(self) -> Tensor | Budget | None:
         """What ``set_bounds`` was given last."""
-        return None if self._given is None else self._given.clone()
+        return self._given.clone() if isinstance(self._given, Tensor) else self._given
 
-    def set_bounds(self, bounds: Tensor | None) -> None:
+    def set_bounds(self, bounds: Tensor | Budget | None) -> None:
         """Put new bounds in force; compiles nothing.
 
         Args:
-            bounds: float32 [L, 2] for (text, vision), or [2, L, 2] where (prefill, decode) have bounds of their own. None keeps
-                all pairs.
+            bounds: float32 [L, 2] for (text, vision), or [2, L, 2] where (prefill, decode) have bounds of their own; or what
+                sets them as it goes. None keeps all pairs.
         """
-        self._bounds[..., :PADDING] = self.rule.keep_all if bounds is None else bounds
-        self._given = None if bounds is None else bounds.clone()
+        self._given = bounds.clone() if isinstance(bounds, Tensor) else bounds
+        self._budget = bounds if isinstance(bounds, Budget) else None
+        fixed = bounds.fixed if isinstance(bounds, Budget) else bounds
+        self._bounds[..., :PADDING] = self.rule.keep_all if fixed is None else fixed
         self.keeps_all = bounds is None
         for (phase, layer, _), row in self._on_device.items():
             row.copy_(self._bounds[phase, layer])
@@ -81,19 +85,23 @@ class ModelRuntime:
         layer = known[1] if known is not None and known[0]() is weights[0] else self._find(weights, binding, region)
         self.sites[layer] = binding.record
         device = weights[0].device
-        running = modality.running()
-        key = PHASES.index(running.phase) if running is not None else 0, layer, device
-        row = self._on_device.get(key)
+        token_class, running = self._token_classes(binding.token_count(inputs), device), modality.running()
+        phase = 0 if running is None else PHASES.index(running.phase)
+        if self._budget is not None and running is not None and running.phase == "prefill":
+            return layer, token_class, self._budget.row(layer, running, token_class)
+        row = self._on_device.get((phase, layer, device))
         if row is None:
             with torch.inference_mode(False):
-                row = self._on_device[key] = self._bounds[key[:2]].clone().to(device)
-        return layer, self._token_classes(binding.token_count(inputs), device), row
+                row = self._on_device[phase, layer, device] = self._bounds[phase, layer].clone().to(device)
+        return layer, token_class, row
 
     def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
-        """Count the pairs that were computed."""
+        """Count the pairs that were computed, and tell the budget, if one is in force."""
         running = modality.running()
-        if running is not None:
+        if running is not None and self.stats.recording:
             self.stats.count(layer, top_k, pairs, Tokens(token_class, running.phase))
+        if running is not None and running.phase == "prefill" and self._budget is not None:
+            self._budget.note(layer, top_k, (pairs >= 0).sum())
 
     def _find(self, weights: Sequence[Tensor], binding: Binding, region: nn.Module | None) -> int:
         """Look a layer up by its parameters as they are now (offloading replaces them)."""

@@ -79,6 +79,10 @@ def test_search_writes_a_plan_that_meets_its_targets(folder: Path) -> None:
         assert point.kl["held_out"] == point.kl["calibration"]
         assert point.gamma == 0.5
     assert plan.alpha == ImportanceFile.load(folder / "alpha.json").importance.alpha
+    assert plan.provenance["seed"] == 0
+    assert plan.provenance["command"][0] == "modes-fx"
+    assert plan.target_range is not None
+    assert len(plan.weights) == 8
     shown = (folder / "search.txt").read_text()
     assert f"{plan.point(0.5).kl['calibration']:.2e}" in shown
     assert f"{plan.provenance['search']['evaluations']} evaluations (0 from the journal)" in shown

@@ -39,6 +39,8 @@ def plan() -> SkipPlan:
         model=describe_model(config),
         provenance={"seed": 3, "versions": {"torch": "2"}},
         frontier=FRONTIER,
+        mode="budget",
+        weights=(((0.1, 0.25), (0.1, 0.5)),) * 3,
     )
 
 
@@ -124,10 +126,11 @@ def test_a_frontier_that_is_none_is_refused(plan: SkipPlan, frontier: tuple[Plan
 
 def test_a_file_of_the_first_schema_has_no_frontier(plan: SkipPlan, path: Path) -> None:
     content = {**json.loads(path.read_text()), "schema_version": 1}
-    del content["frontier"]
+    for name in ("frontier", "mode", "weights"):
+        del content[name]
     path.write_text(json.dumps(content))
     first = SkipPlan.load(path)
-    assert first == dataclasses.replace(plan, frontier=())
+    assert first == dataclasses.replace(plan, frontier=(), mode="fixed", weights=())
     assert first.target_range is None
 
 
@@ -258,6 +261,10 @@ def test_a_newer_schema_is_refused_with_what_to_do(path: Path) -> None:
         {"points": [None]},
         {"frontier": [{"target": None, "tau_text": 0.1, "tau_vision": 0.1}]},
         {"frontier": 3},
+        {"mode": "other"},
+        {"weights": []},
+        {"weights": [[[0.2, 0.1], [0.1, 0.2]]] * 3},
+        {"weights": [[["x"], [0.1, 0.2]]] * 3},
         {"alpha": [[0.1, "x"]]},
         {"alpha": 3},
         {"rule": "magic"},

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modes_fx.budget import Budget
 from modes_fx.calib import processes
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.errors import CalibrationError, NotOptimizedError
@@ -127,11 +128,11 @@ class Objective:
             raise CalibrationError("Calibration needs at least one batch.")
         self.accuracy = right / self._samples
 
-    def evaluate(self, bounds: Tensor) -> Evaluation:
+    def evaluate(self, bounds: Tensor | Budget) -> Evaluation:
         """Run all batches under bounds on the dispatched weights; every process calls this with the same ones.
 
         Args:
-            bounds: float32 [L, 2], (text, vision); see ``SkipPlan.bounds``.
+            bounds: float32 [L, 2], (text, vision); see ``SkipPlan.bounds``. Or what sets them as it goes.
         """
         stats = self._runtime.stats
         routed, kept = stats.pairs_routed, stats.pairs_kept
@@ -193,7 +194,7 @@ def optimized(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def _bounds_in_force(runtime: ModelRuntime, bounds: Tensor | None) -> Iterator[None]:
+def _bounds_in_force(runtime: ModelRuntime, bounds: Tensor | Budget | None) -> Iterator[None]:
     before = runtime.bounds_in_force
     runtime.set_bounds(bounds)
     try:

@@ -72,6 +72,19 @@ class RoutingRecorder:
         order = scores.argsort(stable=True)
         return scores[order], self.counts[layers, modality_index, bins][order]
 
+    def quantiles(self, size: int = 65) -> tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]:
+        """Return, for each layer and modality, weights at equal steps of rank from the smallest to the largest.
+
+        Args:
+            size: How many. All are 0 where a modality is absent.
+        """
+        below = self.counts.cumsum(dim=2)
+        ranks = (torch.linspace(0, 1, size, dtype=torch.float64) * below[..., -1:]).ceil().clamp(min=1)
+        bins = torch.searchsorted(below, ranks.long())
+        values = torch.where(below[..., -1:] > 0, bin_centres()[bins.clamp(max=BINS - 1)], 0.0)
+        rows = [[tuple(float(f"{value:.6g}") for value in column) for column in row] for row in values.tolist()]
+        return tuple((text, vision) for text, vision in rows)
+
     def _hook(self, layer: int) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             weights_TK = args[2] if len(args) > 2 else kwargs["top_k_weights"]

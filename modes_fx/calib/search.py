@@ -85,7 +85,8 @@ def search(
             )
         deadline = math.inf if time_budget is None else started + time_budget
         trials = Trials(objective, importance.alpha, records, deadline, on_trial)
-        results = _search_gammas(trials, objective.routing_weights(), importance, gammas, targets, grid_size, on_progress)
+        routing = objective.routing_weights()
+        results = _search_gammas(trials, routing, importance, gammas, targets, grid_size, on_progress)
         chosen = _best(results, len(targets))
         found = [(gamma, point) for gamma, point in chosen if point is not None]
         complete = len(results) == len(set(gammas)) and all(result.complete for result in results.values())
@@ -120,7 +121,8 @@ def search(
     model_facts = describe_model(getattr(model, "config", None))
     points = tuple(sorted(points, key=lambda point: point.target or 0.0))
     frontier = tuple(as_point(trial) for trial in pareto(trials.made.values()))
-    return SkipPlan(points, importance.alpha, objective.layers, model_facts, provenance, frontier=frontier)
+    weights = routing.quantiles()
+    return SkipPlan(points, importance.alpha, objective.layers, model_facts, provenance, frontier=frontier, weights=weights)
 
 
 def score_grid(scores: Tensor, counts: Tensor, size: int) -> list[float]:

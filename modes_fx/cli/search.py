@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,6 +107,7 @@ def search(
             journal=journal, time_budget=time_budget,
             on_progress=lambda done, total: bars("search for thresholds", done, total),
         )  # fmt: skip
+        plan = plan.with_provenance(seed=seed, command=["modes-fx", *sys.argv[1:]])
         processes.from_main(lambda: plan.save(out))
         _print(plan.provenance["search"], plan, out)
 
