@@ -98,16 +98,28 @@ def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     return model.eval()
 
 
-def _build(config: PretrainedConfig, dtype: Any, trust_remote_code: bool) -> Any:
+def model_class(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
+    """Return the class of a config's model: the one that ``architectures`` names, else one of transformers' auto classes.
+
+    Raises:
+        ModelError: No language or vision-language model belongs to the config.
+    """
     named = [getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()]
     if named and isinstance(named[0], type) and issubclass(named[0], transformers.PreTrainedModel):
-        return named[0]._from_config(config, dtype=dtype)
+        return named[0]
     remote = getattr(config, "auto_map", None) or {}
     for name in _AUTO_CLASSES:
         auto = getattr(transformers, name)
         if type(config) in auto._model_mapping or (trust_remote_code and name in remote):
-            return auto.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return auto
     raise ModelError(f"transformers {transformers.__version__} has no language model for model_type {config.model_type!r}.")
+
+
+def _build(config: PretrainedConfig, dtype: Any, trust_remote_code: bool) -> Any:
+    kind = model_class(config, trust_remote_code=trust_remote_code)
+    if issubclass(kind, transformers.PreTrainedModel):
+        return kind._from_config(config, dtype=dtype)
+    return kind.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def _one_line(error: Exception) -> str:

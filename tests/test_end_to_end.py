@@ -144,7 +144,7 @@ def test_the_batched_dispatch_skips_what_the_oracle_drops_in_few_graphs(compiled
             assert relative_error(logits(compiled, inputs), expected, classes != 2) <= 2e-5
         assert stats.pairs_kept.equal(wanted.kept)
         assert {site.form for site in modes_fx.report(compiled).rewritten} == {form}
-    assert modes_fx.report(compiled).graphs <= before + 1
+    assert modes_fx.report(compiled).graphs <= before + 2  # one for each name
 
 
 def test_inductor_is_what_runs(compiled: nn.Module, inputs: dict[str, Tensor], compilations: list[fx.GraphModule]) -> None:

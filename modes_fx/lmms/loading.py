@@ -1,0 +1,107 @@
+"""From a name to the model and the processor to evaluate."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+
+from modes_fx.errors import ModelError
+
+DEMO = "demo"
+
+
+def check_torchvision() -> None:
+    """Find out before anything depends on it whether an installed torchvision can be imported.
+
+    Installing lmms-eval together with its dependencies brings a torchvision that fits another torch; transformers then fails on
+    whatever it imports next, and names that instead.
+
+    Raises:
+        ModelError: It is installed and cannot be imported.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"The installed torchvision does not fit torch {torch.__version__} and breaks transformers: {error}. Run "
+            "`pip uninstall torchvision`, or install the release made for this torch."
+        ) from error
+
+
+def load(
+    pretrained: str, *, dtype: str, device_map: Any, processor: Any, trust_remote_code: bool, processor_settings: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Load a model, in eval mode, and its processor.
+
+    Args:
+        pretrained: ``"demo"`` for the embedded model, a folder, or the id of a model on the Hugging Face hub.
+        dtype: Of the weights, such as ``"bfloat16"``; ``"auto"`` takes the one they are stored in.
+        device_map: As transformers takes it; None leaves the model on the CPU.
+        processor: One to use instead of the model's own, or None.
+        trust_remote_code: Whether Python code that comes with the model may run.
+        processor_settings: For the processor, such as ``max_pixels``.
+
+    Raises:
+        ModelError: There is no such model, or it or its processor cannot be loaded whole.
+    """
+    from modes_fx import demo  # registers the processor that checkpoints of the demo's kind name
+
+    if pretrained == DEMO:
+        if processor_settings:
+            raise ModelError(f"The embedded model's processor takes no settings, got {', '.join(processor_settings)}.")
+        model, own = demo.load(torch.bfloat16 if dtype == "auto" else _dtype(dtype))
+        return model, own if processor is None else processor
+    model = _load_model(pretrained, dtype, device_map, trust_remote_code)
+    if processor is None:
+        processor = _load_processor(pretrained, trust_remote_code, processor_settings)
+    return model.eval(), processor
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f'Unknown dtype {name!r}; pass "auto", or one of torch\'s, such as "bfloat16".')
+    return dtype
+
+
+def _load_model(pretrained: str, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
+    from modes_fx.meta_model import model_class, read_config
+
+    config = read_config(pretrained, trust_remote_code=trust_remote_code)
+    kind = model_class(config, trust_remote_code=trust_remote_code)
+    settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else _dtype(dtype)}
+    if device_map is not None:
+        settings["device_map"] = device_map
+    if trust_remote_code:
+        settings["trust_remote_code"] = True
+    try:
+        model, found = kind.from_pretrained(pretrained, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ModelError(f"Cannot load the {config.model_type} model {pretrained}: {error}") from error
+    if found["missing_keys"]:  # transformers would go on with random numbers, whose score means nothing
+        missing = sorted(found["missing_keys"])
+        raise ModelError(
+            f"{pretrained} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}. Does its config.json "
+            "belong to these weights?"
+        )
+    return model
+
+
+def _load_processor(pretrained: str, trust_remote_code: bool, settings: dict[str, Any]) -> Any:
+    from transformers import AutoProcessor, PreTrainedTokenizerBase
+
+    try:
+        processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        hint = ""
+        if importlib.util.find_spec("torchvision") is None:
+            hint = f" torchvision is not installed: many processors need the release that fits torch {torch.__version__}."
+        raise ModelError(f"Cannot load the processor of {pretrained}: {error}{hint}") from error
+    if isinstance(processor, PreTrainedTokenizerBase):
+        raise ModelError(f"{pretrained} has a tokenizer and no processor: it is not a vision-language model.")
+    return processor
