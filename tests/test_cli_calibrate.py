@@ -188,7 +188,7 @@ def test_a_file_that_is_no_importance_says_how_to_make_one(tmp_path: Path, conte
 @pytest.mark.parametrize(
     ("model", "options", "match"),
     [
-        ("no/such/folder/here", (), "Cannot load a model and its processor from no/such/folder/here"),
+        ("no/such/folder/here", (), "There is no file or folder no/such/folder/here"),
         (CHECKPOINT, ("--dtype", "float5"), "Unknown dtype 'float5'"),
     ],
 )

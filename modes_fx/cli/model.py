@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from modes_fx.cli.terminal import Bars, be_quiet, console
-from modes_fx.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from modes_fx.calib.objective import Batch
     from modes_fx.data import Sample, Samples
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or the id of a hub model.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, the id of a hub model, or `demo`.")]
 DataOption = Annotated[Path, typer.Option("--data", help="File or folder with questions, images and answers.")]
 FormatOption = Annotated[
     str | None, typer.Option("--data-format", help="Layout of the data; found out from the files if left out.")
@@ -84,37 +83,19 @@ def session() -> Iterator[Bars]:
 
 
 def load_model(name: str, *, dtype: str, device_map: str | None, trust_remote_code: bool) -> tuple[nn.Module, Any]:
-    """Load a model, with its weights, and its processor.
-
-    Args:
-        name: Folder or hub id; the embedded demo model's folder is one.
-        dtype: Name of a torch dtype, or "auto".
-        device_map: See ``from_pretrained``; None puts the model on this process's device.
-        trust_remote_code: Whether code that comes with the model may run.
+    """Load a model and its processor; see ``modes_fx.loading``. Without a device map it goes to this process's own device.
 
     Raises:
         ModelError: It cannot be loaded.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-    import modes_fx.demo.processor  # noqa: F401 - makes the demo model's processor known by its name
+    from modes_fx.loading import load
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ModelError(f"Unknown dtype {dtype!r}; expected auto, bfloat16, float16 or float32.")
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        sees = type(config) in AutoModelForImageTextToText._model_mapping
-        remote = AutoModelForImageTextToText.__name__ in (getattr(config, "auto_map", None) or {})
-        kind = AutoModelForImageTextToText if sees or remote else AutoModelForCausalLM
-        network: nn.Module = kind.from_pretrained(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"Cannot load a model and its processor from {name}: {error}") from error
+    model, processor = load(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     if device_map is None and torch.cuda.is_available():
-        network.to(torch.device("cuda", torch.cuda.current_device()))
-    return network.eval(), processor
+        model.to(torch.device("cuda", torch.cuda.current_device()))
+    return model, processor
 
 
 def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: int) -> list[Batch]:

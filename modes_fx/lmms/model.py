@@ -18,8 +18,8 @@ from tqdm import tqdm
 import modes_fx
 from modes_fx.errors import ModesFxError, PlanError
 from modes_fx.lmms.generation import chat, cut, generation_settings
-from modes_fx.lmms.loading import check_torchvision, load
 from modes_fx.lmms.ratios import live_stats, measured
+from modes_fx.loading import check_torchvision, load
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.regions import Region
 
@@ -83,7 +83,7 @@ class ModesFx(lmms):  # type: ignore[misc]
             sizes = {name: size for name, size in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if size is not None}
             model, processor = load(
                 pretrained, dtype=dtype, device_map=device_map, processor=processor,
-                trust_remote_code=trust_remote_code, processor_settings=sizes,
+                trust_remote_code=trust_remote_code, sees_images=True, processor_settings=sizes,
             )  # fmt: skip
             if device_map is None:
                 model.to(device or _default_device())

@@ -10,17 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from modes_fx import demo
 from modes_fx.errors import ModelError
-from modes_fx.lmms.loading import check_torchvision, load
+from modes_fx.loading import check_torchvision, load
 from tests import tiny
-
-DEFAULTS: dict[str, Any] = {
-    "dtype": "auto", "device_map": None, "processor": None, "trust_remote_code": False, "processor_settings": {}
-}  # fmt: skip
 
 
 def test_the_demo_and_a_folder_are_the_same_model() -> None:
-    embedded, processor = load("demo", **DEFAULTS)
-    model, own = load(str(demo.CHECKPOINT), **DEFAULTS | {"dtype": "float32"})
+    embedded, processor = load("demo")
+    model, own = load(str(demo.CHECKPOINT), dtype="float32")
     assert type(model) is type(embedded)
     assert type(own) is type(processor)
     assert not model.training
@@ -36,13 +32,13 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     weights.pop("lm_head.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 weights of Qwen3VLMoeForConditionalGeneration, such as lm_head.weight"):
-        load(str(tmp_path), **DEFAULTS)
+        load(str(tmp_path))
 
 
 def test_a_model_without_a_processor_is_named(tmp_path: Path) -> None:
     tiny.make("olmoe").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="has a tokenizer and no processor"):
-        load(str(tmp_path), **DEFAULTS)
+        load(str(tmp_path), sees_images=True)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +50,7 @@ def test_a_model_without_a_processor_is_named(tmp_path: Path) -> None:
 )
 def test_refusals(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelError, match=said):
-        load("demo", **DEFAULTS | changes)
+        load("demo", **changes)
 
 
 @pytest.mark.parametrize("error", ["RuntimeError('operator torchvision::nms does not exist')", "ImportError('libpng')"])

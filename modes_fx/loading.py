@@ -1,12 +1,14 @@
-"""From a name to the model and the processor to evaluate."""
+"""From a name to a model and its processor."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from modes_fx.errors import ModelError
 
@@ -34,16 +36,24 @@ def check_torchvision() -> None:
 
 
 def load(
-    pretrained: str, *, dtype: str, device_map: Any, processor: Any, trust_remote_code: bool, processor_settings: dict[str, Any]
+    name: str,
+    *,
+    dtype: str = "auto",
+    device_map: Any = None,
+    processor: Any = None,
+    trust_remote_code: bool = False,
+    sees_images: bool = False,
+    processor_settings: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """Load a model, in eval mode, and its processor.
 
     Args:
-        pretrained: ``"demo"`` for the embedded model, a folder, or the id of a model on the Hugging Face hub.
+        name: ``"demo"`` for the embedded model, a folder, or the id of a model on the Hugging Face hub.
         dtype: Of the weights, such as ``"bfloat16"``; ``"auto"`` takes the one they are stored in.
         device_map: As transformers takes it; None leaves the model on the CPU.
         processor: One to use instead of the model's own, or None.
         trust_remote_code: Whether Python code that comes with the model may run.
+        sees_images: Refuse a model that has a tokenizer instead of a processor.
         processor_settings: For the processor, such as ``max_pixels``.
 
     Raises:
@@ -51,14 +61,14 @@ def load(
     """
     from modes_fx import demo  # registers the processor that checkpoints of the demo's kind name
 
-    if pretrained == DEMO:
+    if name == DEMO:
         if processor_settings:
             raise ModelError(f"The embedded model's processor takes no settings, got {', '.join(processor_settings)}.")
         model, own = demo.load(torch.bfloat16 if dtype == "auto" else _dtype(dtype))
         return model, own if processor is None else processor
-    model = _load_model(pretrained, dtype, device_map, trust_remote_code)
+    model = _load_model(name, dtype, device_map, trust_remote_code)
     if processor is None:
-        processor = _load_processor(pretrained, trust_remote_code, processor_settings)
+        processor = _load_processor(name, trust_remote_code, sees_images, processor_settings or {})
     return model.eval(), processor
 
 
@@ -69,10 +79,10 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _load_model(pretrained: str, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
+def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
     from modes_fx.meta_model import model_class, read_config
 
-    config = read_config(pretrained, trust_remote_code=trust_remote_code)
+    config = read_config(name, trust_remote_code=trust_remote_code)
     kind = model_class(config, trust_remote_code=trust_remote_code)
     settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else _dtype(dtype)}
     if device_map is not None:
@@ -80,28 +90,28 @@ def _load_model(pretrained: str, dtype: str, device_map: Any, trust_remote_code:
     if trust_remote_code:
         settings["trust_remote_code"] = True
     try:
-        model, found = kind.from_pretrained(pretrained, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise ModelError(f"Cannot load the {config.model_type} model {pretrained}: {error}") from error
+        model, found = kind.from_pretrained(name, output_loading_info=True, **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise ModelError(f"Cannot load the {config.model_type} model {name}: {error}") from error
     if found["missing_keys"]:  # transformers would go on with random numbers, whose score means nothing
         missing = sorted(found["missing_keys"])
         raise ModelError(
-            f"{pretrained} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}. Does its config.json "
+            f"{name} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}. Does its config.json "
             "belong to these weights?"
         )
     return model
 
 
-def _load_processor(pretrained: str, trust_remote_code: bool, settings: dict[str, Any]) -> Any:
+def _load_processor(name: str, trust_remote_code: bool, sees_images: bool, settings: Mapping[str, Any]) -> Any:
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     try:
-        processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **settings)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         hint = ""
         if importlib.util.find_spec("torchvision") is None:
             hint = f" torchvision is not installed: many processors need the release that fits torch {torch.__version__}."
-        raise ModelError(f"Cannot load the processor of {pretrained}: {error}{hint}") from error
-    if isinstance(processor, PreTrainedTokenizerBase):
-        raise ModelError(f"{pretrained} has a tokenizer and no processor: it is not a vision-language model.")
+        raise ModelError(f"Cannot load the processor of {name}: {error}{hint}") from error
+    if sees_images and isinstance(processor, PreTrainedTokenizerBase):
+        raise ModelError(f"{name} has a tokenizer and no processor: it is not a vision-language model.")
     return processor
