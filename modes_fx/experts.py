@@ -38,6 +38,10 @@ def call_as_region(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         _region_trace.active = False
 
 
+def left_in_a_copy() -> None:
+    """Stand in for the state of an optimised model in copies and pickles; unpickling it registers the implementation's name."""
+
+
 def run_alone(experts: nn.Module, call: ExpertsCall | None) -> None:
     """Let an experts module run ``call`` when no region around it is traced; None: the stock dispatch."""
     if call is None:

@@ -16,7 +16,7 @@ from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
 from modes_fx.budget import Budget, budget_of
 from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
-from modes_fx.experts import IMPLEMENTATION
+from modes_fx.experts import IMPLEMENTATION, left_in_a_copy
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
@@ -46,7 +46,7 @@ class _Optimized:
         self.experts_before: list[tuple[Any, Any]] = []
 
     def __reduce__(self) -> Any:
-        return type(None), ()  # a copied or pickled model is not optimised: compiled regions do not travel
+        return left_in_a_copy, ()  # a copied or pickled model is not optimised: compiled regions do not travel
 
     def undo(self) -> None:
         for watch in self.watches:

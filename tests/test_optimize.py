@@ -3,8 +3,11 @@
 import contextlib
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,6 +293,16 @@ def test_a_copy_of_an_optimised_model_is_a_stock_model(vlm: nn.Module, inputs: d
             call(twin)
     assert logits(vlm, inputs).equal(planned)
     assert logits(modes_fx.optimize(twin, PLAN), inputs).equal(planned)
+
+
+def test_a_pickle_runs_in_a_process_that_did_not_import_modes_fx(vlm: nn.Module, tmp_path: Path) -> None:
+    modes_fx.optimize(vlm, PLAN)
+    with (tmp_path / "model.pkl").open("wb") as file:
+        pickle.dump(vlm, file)
+    code = (
+        f"import pickle, torch; model = pickle.load(open({str(tmp_path / 'model.pkl')!r}, 'rb')); model(torch.tensor([[5, 6]]))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
 
 
 def test_weights_loaded_in_place_are_used(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
