@@ -6,6 +6,7 @@ Rows are sorted by expert; expert e has the rows ``offsets[e - 1]`` to ``offsets
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,24 +23,24 @@ def grouped_mm_int8(rows: Tensor, weight: Tensor, scale: Tensor, zero_point: Ten
     Args:
         rows: [S, I], float.
         weight: int8 [E, I, O], in any memory order.
-        scale: [E, I / block, O / block], or 1 in place of any of these.
+        scale: [E, I / block, O / block], or 1 in all places.
         zero_point: As ``scale``, or None. As in torchao, it has no part where one scale serves a whole column.
         offsets: int32 [E].
 
     Returns:
         [S, O], in the rows' dtype.
     """
-    scales = scale.expand(weight.shape[0], -1, -1)
-    zeros = None if zero_point is None else zero_point.expand(weight.shape[0], -1, -1)
+    if scale.shape[1] > 1:
+        return _by_expert(rows, offsets, weight.shape[2], partial(_open_and_multiply, weight, scale, zero_point))
+    scale_EO = scale.to(rows.dtype).expand(weight.shape[0], 1, weight.shape[2]).contiguous().squeeze(1)
+    weight_EOI = weight.mT
+    reads_bytes = rows.dtype is torch.bfloat16 and weight_EOI.is_contiguous()
 
     def multiply(expert: int, mine: Tensor) -> Tensor:
-        quantised, its_scale = weight[expert], scales[expert]
-        if its_scale.shape[0] > 1:
-            return mine @ _open(quantised, its_scale, None if zeros is None else zeros[expert]).to(mine.dtype)
-        column_scale = its_scale.flatten().to(mine.dtype).expand(quantised.shape[1])
-        if mine.dtype is torch.bfloat16 and len(mine) <= _FEW_ROWS and quantised.mT.is_contiguous():
-            return torch.ops.aten._weight_int8pack_mm(mine.contiguous(), quantised.mT, column_scale.contiguous())
-        return mine @ quantised.to(mine.dtype) * column_scale
+        if reads_bytes and len(mine) <= _FEW_ROWS:
+            product: Tensor = torch.ops.aten._weight_int8pack_mm(mine, weight_EOI[expert], scale_EO[expert])
+            return product
+        return torch.mm(mine, weight[expert].to(mine.dtype)).mul_(scale_EO[expert])
 
     return _by_expert(rows, offsets, weight.shape[2], multiply)
 
@@ -60,7 +61,8 @@ def grouped_mm_int4(rows: Tensor, packed: Tensor, scale_and_zero: Tensor, group_
     """
 
     def multiply(expert: int, mine: Tensor) -> Tensor:
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(mine.contiguous(), packed[expert], group_size, scale_and_zero[expert])
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(mine, packed[expert], group_size, scale_and_zero[expert])
+        return product
 
     return _by_expert(rows, offsets, packed.shape[1], multiply)
 
@@ -76,6 +78,7 @@ def _(rows: Tensor, packed: Tensor, scale_and_zero: Tensor, group_size: int, off
 
 
 def _by_expert(rows: Tensor, offsets: Tensor, width: int, multiply: Callable[[int, Tensor], Tensor]) -> Tensor:
+    rows = rows.contiguous()
     result = rows.new_empty(rows.shape[0], width)
     start = 0
     for expert, end in enumerate(offsets.tolist()):
@@ -86,8 +89,9 @@ def _by_expert(rows: Tensor, offsets: Tensor, width: int, multiply: Callable[[in
     return result
 
 
-def _open(quantised: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """Return one expert's weight as floats: [I, O]."""
-    blocks = quantised.unflatten(0, (scale.shape[0], -1)).unflatten(2, (scale.shape[1], -1))  # [I/b, b, O/b, b]
-    shifted = blocks if zero_point is None else blocks.to(scale.dtype) - zero_point[:, None, :, None]
-    return (shifted * scale[:, None, :, None]).reshape(quantised.shape)
+def _open_and_multiply(weight: Tensor, scale: Tensor, zero_point: Tensor | None, expert: int, mine: Tensor) -> Tensor:
+    """Multiply by one expert's weight as floats, [I, O]: the scale changes along what is summed over."""
+    blocks = weight[expert].unflatten(0, (scale.shape[1], -1)).unflatten(2, (scale.shape[2], -1))  # [I/b, b, O/b, b]
+    shifted = blocks if zero_point is None else blocks.to(scale.dtype) - zero_point[expert][:, None, :, None]
+    opened: Tensor = (shifted * scale[expert][:, None, :, None]).reshape(weight.shape[1:])
+    return mine @ opened.to(mine.dtype)

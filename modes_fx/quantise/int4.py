@@ -21,7 +21,7 @@ from modes_fx.quantise.int8 import GROUPED_PRODUCTS, rows_weight_offsets
 aten = torch.ops.aten
 
 
-class Int4Experts(TorchAOBaseTensor):
+class Int4Experts(TorchAOBaseTensor):  # type: ignore[misc]  # its base is untyped
     """The weights of E experts, [E, O, I], or transposed, [E, I, O].
 
     The packing suits the processor that it was made on: such a tensor is for use, not for keeping.
@@ -38,7 +38,7 @@ class Int4Experts(TorchAOBaseTensor):
 
     def __new__(cls, qdata: Tensor, scale_and_zero: Tensor, block_size: list[int], shape: torch.Size) -> Int4Experts:
         """See the class."""
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=scale_and_zero.dtype, device=qdata.device, requires_grad=False
         )
 
@@ -60,7 +60,6 @@ class Int4Experts(TorchAOBaseTensor):
         )
 
 
-@Int4Experts.implements(aten.transpose.int)
 def _transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     weight, *dims = args
     if {dim % 3 for dim in dims} != {1, 2}:
@@ -71,7 +70,6 @@ def _transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, transposed)
 
 
-@Int4Experts.implements(aten.select.int)
 def _select(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     weight, dim, index = args
     if dim != 0 or weight.block_size[1] != 1:
@@ -79,10 +77,14 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     return Int4OpaqueTensor(weight.qdata[index], weight.scale_and_zero[index], weight.block_size[1:], weight.shape[1:])
 
 
-@Int4Experts.implements(GROUPED_PRODUCTS)
 def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     rows, weight, offsets = rows_weight_offsets(args, kwargs)
     group_size = weight.block_size[1]
     if group_size == 1:
         raise NotImplementedError("experts in 4 bits are grouped along the dimension that is summed over")
     return grouped_mm_int4(rows, weight.qdata, weight.scale_and_zero, group_size, offsets)
+
+
+Int4Experts.implements(aten.transpose.int)(_transpose)
+Int4Experts.implements(aten.select.int)(_select)
+Int4Experts.implements(GROUPED_PRODUCTS)(_grouped_mm)

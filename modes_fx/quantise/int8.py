@@ -56,7 +56,7 @@ def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 def refusal(weight: Any) -> str | None:
     """Say why a weight is more than weights in 8 bits; None where it is not."""
     if isinstance(weight, Int8Tensor) and (weight.act_quant_kwargs is not None or weight.act_pre_scale is not None):
-        return "torchao would quantise or scale the activations too, which has no grouped product here: use Int8WeightOnlyConfig"
+        return "torchao would quantise or scale activations too, which has no grouped product here: use Int8WeightOnlyConfig"
     return None
 
 
