@@ -22,6 +22,7 @@ from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
 from modes_fx.policy import RULES
 from modes_fx.probe import probe
+from modes_fx.quantise.support import support_quantised
 from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.report import Report, SiteReport, SkipStats
 from modes_fx.runtime import ModelRuntime
@@ -194,6 +195,7 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
         state.experts_before = _name_implementation(layers)
         _check_hooks(layers, region)
         _convert(state)
+        state.rejections |= support_quantised(layers)
         state.layers, state.rejections = probe(state.layers, state.runtime, dispatch, state.rejections)
         for index in state.rejections:
             if (block := state.layers[index].stands_for) is not None:

@@ -29,6 +29,7 @@ Region = Literal["moe", "layer", "model"]
 _serial = itertools.count()
 _SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
 _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
+_QUANTISED_LATER = "If its weights were quantised after optimize(): call modes_fx.optimize() again."
 _REASON = "modes_fx compiles this region itself"
 _running: ContextVar[nn.Module | None] = ContextVar("modes_fx_region", default=None)
 
@@ -186,7 +187,7 @@ def compiled_caller(
         except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
             raise ModelError(
                 f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
-                + (_HOOKS_CAME_LATER if has_accelerate_hooks(module) else _SMALLER_REGION)
+                + _advice(module)
             ) from error
         finally:
             _running.reset(outside)
@@ -197,6 +198,17 @@ def compiled_caller(
 def has_accelerate_hooks(module: nn.Module) -> bool:
     """Return whether accelerate moves weights inside a module when it is called (offloading, several devices)."""
     return any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
+def has_torchao_weights(module: nn.Module) -> bool:
+    """Return whether torchao quantised some of a module's weights."""
+    return any(type(parameter).__module__.startswith("torchao") for parameter in module.parameters())
+
+
+def _advice(module: nn.Module) -> str:
+    if has_accelerate_hooks(module):
+        return _HOOKS_CAME_LATER
+    return _QUANTISED_LATER if has_torchao_weights(module) else _SMALLER_REGION
 
 
 def _first_line(error: Exception) -> str:

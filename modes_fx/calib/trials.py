@@ -19,6 +19,7 @@ from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Batch, Evaluation, Objective
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, config_hash
+from modes_fx.quantise.memory import plain_parts
 
 Alpha = tuple[tuple[float, float], ...]
 
@@ -146,7 +147,7 @@ def weights_hash(model: nn.Module) -> str:
     heads = (
         (
             f"{name} {list(weight.shape)} {weight.dtype}".encode(),
-            b"" if weight.is_meta else _bytes(weight.detach().flatten()[:64]),
+            b"" if weight.is_meta else b"".join(_bytes(part.detach().flatten()[:64]) for part in plain_parts(weight)),
         )
         for name, weight in parameters
     )
