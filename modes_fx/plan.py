@@ -18,9 +18,9 @@ from torch import Tensor
 from modes_fx.errors import PlanError
 from modes_fx.files import write_atomically
 from modes_fx.modality import vision_token_ids
-from modes_fx.policy import RULES
+from modes_fx.policies import RULES
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # What a config says of a run or a file rather than of the architecture: two dtypes of one model share their plans.
 _VOLATILE_KEYS = {
@@ -71,9 +71,10 @@ class SkipPlan:
         layers: Paths of the experts modules that the rows of ``alpha`` belong to.
         model: What ``describe_model`` says of the model it was made for; empty fits any.
         provenance: How it was made, such as ``data_hash``, ``versions``, ``search`` and, where known, ``seed`` and ``command``.
-        rule: Name of the keep-rule in ``modes_fx.policy.RULES``.
+        rule: Name of the keep-rule in ``modes_fx.policies.RULES``; for any rule the bound of a layer is ``tau / alpha**gamma``.
         frontier: All points measured on the calibration data that no other beats in both skip ratio and loss, ascending in
             both: the target of each is its ``realised["calibration"]``, its loss ``kl["calibration"]``.
+        tables: For a rule that asks for a table, one for each MoE layer: numbers in nested sequences; else None.
     """
 
     points: tuple[PlanPoint, ...]
@@ -83,12 +84,18 @@ class SkipPlan:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     rule: str = "threshold"
     frontier: tuple[PlanPoint, ...] = ()
+    tables: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.points:
             raise PlanError("A skip plan needs at least one point.")
         if self.rule not in RULES:
-            raise PlanError(f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}.")
+            raise PlanError(
+                f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}. Yours: modes_fx.policies.register()."
+            )
+        if RULES[self.rule].has_table != (self.tables is not None):
+            taken = "a table" if self.tables is None else "no table"
+            raise PlanError(f"The keep-rule {self.rule!r} takes {taken} for each layer.")
         if not isinstance(self.model, Mapping) or not isinstance(self.provenance, Mapping):
             raise PlanError("A plan's model and provenance are mappings.")
         for row in self.alpha or ():
@@ -170,6 +177,19 @@ class SkipPlan:
             dtype=torch.float32,
         )
 
+    def table_tensors(self, num_layers: int) -> tuple[Tensor, ...]:
+        """Return the rule's tables, float32, one a layer.
+
+        Raises:
+            PlanError: There are none, too many or too few, or they are no numbers.
+        """
+        if self.tables is None or len(self.tables) != num_layers:
+            raise PlanError(f"The plan has tables for {len(self.tables or ())} MoE layers, the model has {num_layers}.")
+        try:
+            return tuple(torch.tensor(table, dtype=torch.float32) for table in self.tables)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PlanError(f"A plan's table holds rows of numbers, all as long: {error}.") from error
+
     def with_provenance(self, **said: Any) -> SkipPlan:
         """Return the plan with more said of how it was made.
 
@@ -207,11 +227,16 @@ class SkipPlan:
         try:
             if version == 1:
                 content["frontier"] = []
+            if version < 3:
+                content["tables"] = None
             points, frontier = _points(content["points"]), _points(content["frontier"])
             alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
-            given = ("points", "alpha", "layers", "frontier")
+            given = ("points", "alpha", "layers", "frontier", "tables")
             rest = {item.name: content[item.name] for item in fields(cls) if item.name not in given}
-            return cls(points=points, alpha=alpha or None, layers=tuple(content["layers"]), frontier=frontier, **rest)
+            tables = content["tables"] and _tuples(content["tables"])
+            return cls(
+                points=points, alpha=alpha or None, layers=tuple(content["layers"]), frontier=frontier, tables=tables, **rest
+            )
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -271,6 +296,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _points(content: Sequence[Mapping[str, Any]]) -> tuple[PlanPoint, ...]:
