@@ -90,9 +90,7 @@ class SkipPlan:
         if not self.points:
             raise PlanError("A skip plan needs at least one point.")
         if self.rule not in RULES:
-            raise PlanError(
-                f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}. Yours: modes_fx.policies.register()."
-            )
+            raise PlanError(f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}. Yours: modes_fx.policies.register().")
         if RULES[self.rule].has_table != (self.tables is not None):
             taken = "a table" if self.tables is None else "no table"
             raise PlanError(f"The keep-rule {self.rule!r} takes {taken} for each layer.")
