@@ -83,25 +83,19 @@ def compare(
             network, processor = load_model(folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
             kinds.add(_kind(network))
             if len(kinds) > 1 or name in found:
-                raise ModelError(
-                    f"{name} is given twice, or is of another architecture than {models[0]}: no mean can be taken."
-                )
+                raise ModelError(f"{name} is given twice or of another architecture than {models[0]}: they have no mean.")
             if built_in:
-                tune, test = (
-                    _demo_batches(*part, processor, batch_size, seed)
-                    for part in zip(("calibration", "test"), _DEMO_IMAGES, strict=True)
-                )
+                parts = zip(("calibration", "test"), _DEMO_IMAGES, strict=True)
+                tune, test = (_demo_batches(part, images, processor, batch_size, seed) for part, images in parts)
             else:
-                source = Source(Path(str(data)), data_format, split, samples, seed)
-                tune = load_batches(network, processor, source, batch_size)
-                test = load_batches(
-                    network, processor, Source(cast(Path, test_data), data_format, test_split, test_samples, seed), batch_size
-                )
+                tuning = Source(Path(str(data)), data_format, split, samples, seed)
+                measuring = Source(cast(Path, test_data), data_format, test_split, test_samples, seed)
+                tune, test = (load_batches(network, processor, source, batch_size) for source in (tuning, measuring))
             hashes = {"calibration": data_hash(tune), "test": data_hash(test)}
             found[name] = run(
                 network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
                 grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed,
-                progress=lambda part, done, total, name=name: bars(f"{Path(name).name}: {part}", done, total),  # type: ignore[misc]
+                progress=lambda part, done, total, name=name: bars(f"{Path(name).name}: {part}", done, total),
             )  # fmt: skip
         settings = {
             "models": models, "targets": list(targets), "importance_mode": importance_mode, "grid_size": grid_size,
@@ -130,7 +124,7 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
     samples = next(iter(found.values())).samples
     ends = f"smallest to largest of {len(found)} models" if several else "95% over samples, paired bootstrap"
     table = Table(
-        title=f"Test data, {samples} samples; unskipped score {scores}. In brackets: {ends}", box=SIMPLE, padding=(0, 1, 0, 0)
+        title=f"Test data, {samples} samples; unskipped score {scores}.\nIn brackets: {ends}", box=SIMPLE, padding=(0, 1, 0, 0)
     )
     phases = [phase for phase in ("prefill", "decode") if any(phase in row.speed for row in rows)]
     decodes = any("decode" in row.skipped for row in rows)
@@ -139,7 +133,7 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for target in dict.fromkeys(row.target for row in rows):
         table.add_section()
-        table.add_row(f"[bold]target {target:.1%}[/]")
+        table.add_row(f"[bold]{target:.1%}[/]")
         for row in (row for row in rows if row.target == target):
             if row.status == "unreachable":
                 table.add_row(row.title, f"[yellow]at most {row.largest:.1%}[/]")
@@ -150,10 +144,8 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
             if row.status == "overshot":
                 ratios[0] = f"[yellow]{ratios[0]}[/]"
             speeds = (f"{row.speed[phase]:.2f}x" if phase in row.speed else "" for phase in phases)
-            cells = (
-                _cell(row, name, form)
-                for name, form in (("kl", "{:.1e}"), ("flips", "{:.1%}"), ("score", "{:.1%}"), ("retained", "{:.1%}"))
-            )
+            metrics = row.metrics
+            cells = (f"{metrics['kl']:.1e}", f"{metrics['flips']:.1%}", f"{metrics['score']:.1%}", _retained(row))
             table.add_row(row.title, *ratios, *cells, *speeds)
     console.print(table)
     if any(row.status == "overshot" for row in rows):
@@ -161,8 +153,8 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
     console.print(f"Written to [bold]{'[/] and [bold]'.join(paths)}[/]", highlight=False)
 
 
-def _cell(row: Row, name: str, form: str) -> str:
-    if name not in row.metrics:
+def _retained(row: Row) -> str:
+    if "retained" not in row.metrics:  # the unskipped model answers nothing right
         return ""
-    low, high = row.intervals[name]
-    return f"{form.format(row.metrics[name])} [dim]({form.format(low)} {form.format(high)})[/]"
+    low, high = row.intervals["retained"]
+    return f"{row.metrics['retained']:.1%} [dim]({low * 100:.1f} {high * 100:.1f})[/]"
