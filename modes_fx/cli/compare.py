@@ -74,6 +74,8 @@ def compare(
     built_in = data == DEMO or (data is None and DEMO in models)
     if not built_in and (data is None or test_data is None):
         raise CalibrationError("A comparison needs --data to tune on and --test-data to measure on (or MODEL demo).")
+    if len(set(models)) < len(models):
+        raise ModelError(f"{', '.join(models)}: a model is given twice. Name each once.")
     found: dict[str, Comparison] = {}
     hashes: dict[str, str] = {}
     kinds = set()
@@ -82,8 +84,8 @@ def compare(
             folder = str(CHECKPOINT) if name == DEMO else name
             network, processor = load_model(folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
             kinds.add(_kind(network))
-            if len(kinds) > 1 or name in found:
-                raise ModelError(f"{name} is given twice or of another architecture than {models[0]}: they have no mean.")
+            if len(kinds) > 1:
+                raise ModelError(f"{name} is of another architecture than {models[0]}: they have no mean.")
             if built_in:
                 parts = zip(("calibration", "test"), _DEMO_IMAGES, strict=True)
                 tune, test = (_demo_batches(part, images, processor, batch_size, seed) for part, images in parts)

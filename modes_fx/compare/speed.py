@@ -15,6 +15,7 @@ from modes_fx.calib.objective import IGNORED, Batch
 from modes_fx.optimize import stats
 
 NEW_TOKENS = 16
+ROUNDS = 5  # stock and skipping in each, after one to warm up
 
 
 class Stopwatch:
@@ -23,19 +24,17 @@ class Stopwatch:
     Args:
         model: The model before it is optimised; a stock twin that shares its weights is kept.
         batch: One batch of test data; its answers are cut off.
-        rounds: Timed rounds, stock and skipping in each, after one to warm up.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, rounds: int = 5) -> None:
+    def __init__(self, model: nn.Module, batch: Batch) -> None:
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._stock = copy.deepcopy(model, shared)
         self._prompts = prompts_of(batch, next(model.parameters()).device)
-        self._rounds = rounds
 
     def __call__(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
         """Return how many times as fast as stock ``prefill`` and ``decode`` are, and the skip ratios of both phases."""
         times: dict[str, list[tuple[float, float]]] = {"stock": [], "ours": []}
-        for round_ in range(self._rounds + 1):
+        for round_ in range(ROUNDS + 1):
             for name, timed in (("stock", self._stock), ("ours", model)):
                 first = self._seconds(timed, 1)
                 more = self._seconds(timed, 1 + NEW_TOKENS)
