@@ -182,8 +182,7 @@ class _Match:
                 return objective.evaluate(scaled(scale).bounds(layers))
 
             # A grid overshoots its target by up to one step: scaled down to the target like every rival.
-            tuner = Tuner(measure, tolerance=self.tolerance)
-            tuner.measured[1.0] = measure(1.0)
+            tuner = Tuner(measure, tolerance=self.tolerance, largest=1.0)
             tuned = tuner.reach(target)
             results.append((tuned, scaled(tuned.scale) if tuned else None, tuner.largest_ratio))
         return results

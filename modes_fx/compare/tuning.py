@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from modes_fx.calib.objective import Evaluation
 
-_HUGE = 1e9  # finite: a rule's infinite bound skips all, which no finite one may do
+HUGE = 1e9  # finite: a rule's infinite bound skips all, which no finite one may do
 _STEPS = 40
 
 
@@ -34,12 +34,18 @@ class Tuner:
         measure: Measures a scale >= 0; a larger one skips at least as much, or nearly (earlier skips change later routing).
         tolerance: How far above its target a skip ratio may be.
         scales: The only scales there are, ascending; None: any.
+        largest: No scale is larger.
     """
 
     def __init__(
-        self, measure: Callable[[float], Evaluation], *, tolerance: float = 0.005, scales: Sequence[float] | None = None
+        self,
+        measure: Callable[[float], Evaluation],
+        *,
+        tolerance: float = 0.005,
+        scales: Sequence[float] | None = None,
+        largest: float = HUGE,
     ) -> None:
-        self._measure, self._tolerance, self._scales = measure, tolerance, scales
+        self._measure, self._tolerance, self._scales, self._largest = measure, tolerance, scales, largest
         self.measured: dict[float, Evaluation] = {}
 
     def reach(self, target: float) -> Tuned | None:
@@ -48,7 +54,7 @@ class Tuner:
             for scale in self._scales:
                 if self._ratio(scale) >= target:
                     break
-        elif self._ratio_at_most() >= target:
+        elif self._ratio(self._largest) >= target:
             self._bisect(target)
         enough = [(found.skip_ratio, scale) for scale, found in self.measured.items() if found.skip_ratio >= target]
         if not enough:
@@ -66,14 +72,10 @@ class Tuner:
             self.measured[scale] = self._measure(scale)
         return self.measured[scale].skip_ratio
 
-    def _ratio_at_most(self) -> float:
-        # A searched pair of thresholds is scaled down from 1, where it is known to reach its target.
-        return max(self.largest_ratio, self._ratio(_HUGE)) if 1.0 not in self.measured else self.largest_ratio
-
     def _bisect(self, target: float) -> None:
         high = 1.0
-        while self._ratio(high) < target and high < _HUGE:
-            high *= 2
+        while self._ratio(high) < target and high < self._largest:
+            high = min(2 * high, self._largest)
         for step in range(_STEPS):
             above = [scale for scale, found in self.measured.items() if found.skip_ratio >= target]
             high = min(above)
