@@ -125,12 +125,10 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
     scores = ", ".join(f"{each.unskipped['score']:.1%}" for each in found.values())
     samples = next(iter(found.values())).samples
     ends = f"smallest to largest of {len(found)} models" if several else "95% over samples, paired bootstrap"
-    table = Table(
-        title=f"Test data, {samples} samples; unskipped score {scores}.\nIn brackets: {ends}", box=SIMPLE, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=f"Test data, {samples} samples; unskipped score {scores}.\nIn brackets: {ends}", box=SIMPLE, padding=0)
     phases = [phase for phase in ("prefill", "decode") if any(phase in row.speed for row in rows)]
     decodes = any("decode" in row.skipped for row in rows)
-    headings = ["rule", "skipped", "text", "vision", *(["decode"] if decodes else []), "KL, nats", "flips", "score", "retained"]
+    headings = ["rule", "skipped", "text", "vision", *(["decode"] if decodes else []), "KL", "flips", "score", "retained"]
     for heading in (*headings, *(f"{phase} speed" for phase in phases)):
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for target in dict.fromkeys(row.target for row in rows):
@@ -152,6 +150,9 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
     console.print(table)
     if any(row.status == "overshot" for row in rows):
         console.print("[yellow]Yellow[/]: the rule has no setting nearer above its target.")
+    console.print(
+        "KL: nats an answer token. flips: answer tokens whose likeliest token changes. retained: score / unskipped score."
+    )
     console.print(f"Written to [bold]{'[/] and [bold]'.join(paths)}[/]", highlight=False)
 
 
