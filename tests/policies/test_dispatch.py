@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modes_fx.backend import inductor
 from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
 from tests.passes.conftest import EXPERTS, STOCK, TOP_K, Routing, assert_close, expected
@@ -71,3 +72,18 @@ def test_renormalised_weights_are_rounded_to_the_models_dtype_and_unchanged_wher
             outs[rule] = run(routing.hidden, routing.ids, routing.weights)
     assert outs["naee_top2"].dtype == torch.bfloat16
     assert outs["naee_top2"].equal(outs["threshold"])
+
+
+@pytest.mark.parametrize("rule", ["diep", "random"])
+def test_generated_code_decides_alike(rule: str) -> None:
+    runtime = Runtime(recording=True)
+    runtime.layer_table = table_for(rule)
+    experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts.config._experts_implementation = "grouped_mm"
+    run = harness.compiled_block(experts, "compact", runtime, inductor, rule=rule)  # integers wrap and sums round as in eager
+    routing = Routing.random(60, torch.float32)
+    runtime.bounds = torch.tensor([0.4, 0.4, float("inf")])
+    with torch.no_grad():
+        run(routing.hidden, routing.ids, routing.weights)
+    survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((60,), 0.4), table_for(rule))
+    assert sorted(runtime.recorded[0].tolist()) == (~survivors.isnan()).flatten().nonzero().flatten().tolist()
