@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from modes_fx.errors import CompilerError, ModesFxError, NoRoutingSiteError
 from modes_fx.passes.skip_experts import Binding, Dispatch, Rewritten, skip_experts
-from modes_fx.policy import KeepRule
+from modes_fx.policies import KeepRule, takes_table
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,9 @@ class Runtime(Protocol):
             The layer's index, the classes of the running forward's tokens (int64 [T]) and the layer's bounds
             (float32 [num_classes]), on the experts' device.
         """
+
+    def table(self, layer: int, binding: Binding, device: torch.device) -> Tensor:
+        """Return the rule's table of a layer, float32, on a device; called only for rules that ask for one."""
 
     def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
         """Count the computed pairs (see ``Rewritten``) of tokens of these classes; called only while ``recording``."""
@@ -127,7 +130,7 @@ class SkipBackend:
         if not rewritten.bindings:
             return self._compile(module, inputs, **options)
         compiled = self._compile(rewritten.module, (*inputs, *rewritten.extra_inputs), **options)
-        return _bound(compiled, rewritten, self._runtime)
+        return _bound(compiled, rewritten, self._runtime, takes_table(self._rule))
 
 
 def _allow_kept_lengths(module: fx.GraphModule) -> None:
@@ -140,20 +143,22 @@ def _allow_kept_lengths(module: fx.GraphModule) -> None:
             return
 
 
-def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime) -> Compiled:
+def _bound(compiled: Compiled, rewritten: Rewritten, runtime: Runtime, has_table: bool) -> Compiled:
     bindings = rewritten.bindings
 
     def run(*inputs: Any) -> Sequence[Any]:
-        layers: list[int] = []
+        bound: list[tuple[int, Tensor]] = []
         added: list[Tensor] = []
         for binding in bindings:
             layer, token_class, bounds = runtime.bind(binding, inputs)
-            layers.append(layer)
+            bound.append((layer, token_class))
             added += (token_class, bounds)
+            if has_table:
+                added.append(runtime.table(layer, binding, bounds.device))
         outputs = compiled(*inputs, *added)
         if runtime.recording:
-            counted = zip(layers, bindings, added[::2], outputs[-len(bindings) :], strict=True)
-            for layer, binding, token_class, pairs in counted:
+            counted = zip(bound, bindings, outputs[-len(bindings) :], strict=True)
+            for (layer, token_class), binding, pairs in counted:
                 runtime.record(layer, binding.top_k, token_class, pairs)
         return outputs[: -len(bindings)]
 

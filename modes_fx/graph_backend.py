@@ -26,7 +26,7 @@ from modes_fx.errors import ModalityError, PlanError
 from modes_fx.modality import PADDING, TEXT, VISION
 from modes_fx.passes.skip_experts import Binding, Rewritten, source_of
 from modes_fx.plan import SkipPlan
-from modes_fx.policy import RULES
+from modes_fx.policies import RULES, table_shape
 from modes_fx.report import GraphReport
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,13 @@ class GraphRuntime:
         self._vision_ids = tuple((plan.model.get("vision_token_ids", ()) if plan else ()) or vision_token_ids or ())
         if plan is not None and plan.mode != "fixed":
             raise PlanError(f"A plan of mode {plan.mode!r} needs modes_fx.optimize(model, plan).")
-        rule = RULES[plan.rule if plan else "threshold"]
-        layers = len(plan.alpha) if plan and plan.alpha else 1
+        name = plan.rule if plan else "threshold"
+        rule = RULES[name]
+        if rule.protects:
+            raise PlanError(f"The keep-rule {name!r} observes attention, which no graph shows. Use modes_fx.optimize().")
+        layers = len(plan.alpha or plan.tables or (1,)) if plan else 1
+        self._keep = rule.keep
+        self._tables = plan.table_tensors(layers) if plan and plan.tables else ()
         self._bounds = torch.full((layers, self.num_classes), rule.keep_all)
         self._bounds[:, PADDING] = rule.skip_all
         if plan is not None:
@@ -131,6 +136,14 @@ class GraphRuntime:
         classes = self._token_classes(binding.token_count(inputs), inputs[binding.weight_inputs[0]])
         return layer, classes.to(key[1]), row
 
+    def table(self, layer: int, binding: Binding, device: torch.device) -> Tensor:
+        """Return the rule's table of a layer; see ``backend.Runtime.table``."""
+        shape = table_shape(self._keep, binding.record.num_experts)
+        if tuple(self._tables[layer].shape) != shape:
+            found = list(self._tables[layer].shape)
+            raise PlanError(f"The plan's table of layer {layer} has shape {found}, the layer needs {list(shape)}.")
+        return self._tables[layer].to(device)
+
     def publishing(self, compiled: Compiled) -> Compiled:
         """Let a graph that has ``input_ids`` publish its tokens whenever it runs."""
 
@@ -144,7 +157,7 @@ class GraphRuntime:
         """Never called: only ``optimize`` keeps statistics."""
 
     def _layer(self, source: str) -> int:
-        if self._plan is None or self._plan.alpha is None:
+        if self._plan is None or (self._plan.alpha is None and self._plan.tables is None):
             return 0
         path = ".".join(part for part in re.findall(r"\['(\w+)'\]", source)[1:-1])
         fits = [i for i, name in enumerate(self._plan.layers) if name == path or name.endswith(f".{path}")]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from modes_fx.errors import ModalityError
 
 TEXT, VISION, PADDING = 0, 1, 2
+CLASSES = PADDING + 1
 MODALITIES = ("text", "vision")
 
 Phase = Literal["prefill", "decode"]

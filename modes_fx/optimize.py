@@ -20,8 +20,9 @@ from modes_fx.experts import IMPLEMENTATION, left_in_a_copy
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
-from modes_fx.policy import RULES
+from modes_fx.policies import RULES
 from modes_fx.probe import probe
+from modes_fx.protection import watch_attention
 from modes_fx.quantise.support import support_quantised
 from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.report import Report, SiteReport, SkipStats
@@ -45,6 +46,7 @@ class _Optimized:
         self.regions = CompiledRegions()
         self.conversions = Conversions()
         self.experts_before: list[tuple[Any, Any]] = []
+        self.attention_before: list[tuple[Any, str]] = []
 
     def __reduce__(self) -> Any:
         return left_in_a_copy, ()  # a copied or pickled model is not optimised: compiled regions do not travel
@@ -56,6 +58,8 @@ class _Optimized:
         self.conversions.undo()
         for config, implementation in self.experts_before:
             config._experts_implementation = implementation
+        for config, attention in self.attention_before:
+            config._attn_implementation = attention
 
 
 _ATTRIBUTE = "_modes_fx"
@@ -124,7 +128,10 @@ def optimize(
         state.watches = watch_modality(
             model, state.layers, region, lambda: not state.runtime.keeps_all, state.conversions.check_called
         )
-        state.runtime.set_bounds(bounds)
+        if state.runtime.rule.protects:
+            watches, state.attention_before = watch_attention(state.layers, region)
+            state.watches += watches
+        _put_in_force(state, plan, bounds)
     except BaseException:
         state.undo()
         raise
@@ -175,8 +182,14 @@ def set_plan(
             f"The model was optimised with the keep-rule {state.rule!r}, the plan has {plan.rule!r}. "
             "Call modes_fx.optimize(model, plan) to compile that one."
         )
-    state.runtime.set_bounds(bounds)
+    _put_in_force(state, plan, bounds)
     return model
+
+
+def _put_in_force(state: _Optimized, plan: SkipPlan | None, bounds: Tensor | Budget | None) -> None:
+    if plan is not None and plan.tables is not None:
+        state.runtime.set_tables(plan.table_tensors(len(state.layers)))
+    state.runtime.set_bounds(bounds)
 
 
 def report(model: nn.Module) -> Report:

@@ -18,7 +18,7 @@ from torch import Tensor
 from modes_fx.errors import PlanError
 from modes_fx.files import write_atomically
 from modes_fx.modality import vision_token_ids
-from modes_fx.policy import RULES
+from modes_fx.policies import RULES
 
 SCHEMA_VERSION = 2
 Mode = Literal["fixed", "budget"]
@@ -72,13 +72,14 @@ class SkipPlan:
         layers: Paths of the experts modules that the rows of ``alpha`` belong to.
         model: What ``describe_model`` says of the model it was made for; empty fits any.
         provenance: How it was made, such as ``data_hash``, ``versions``, ``search`` and, where known, ``seed`` and ``command``.
-        rule: Name of the keep-rule in ``modes_fx.policy.RULES``.
+        rule: Name of the keep-rule in ``modes_fx.policies.RULES``; for any rule the bound of a layer is ``tau / alpha**gamma``.
         frontier: All points measured on the calibration data that no other beats in both skip ratio and loss, ascending in
             both: the target of each is its ``realised["calibration"]``, its loss ``kl["calibration"]``.
         mode: ``"fixed"``: the thresholds as they are, whatever an input's own skip ratio. ``"budget"``: thresholds move so that
             each prefill keeps to the target; see ``modes_fx.budget``.
         weights: For each MoE layer (text, vision), quantiles of the routing weights of the unskipped model on the calibration
             data, at equal steps from the smallest to the largest; needed for budgets.
+        tables: For a rule that asks for a table, one for each MoE layer: numbers in nested sequences; else None.
     """
 
     points: tuple[PlanPoint, ...]
@@ -90,12 +91,16 @@ class SkipPlan:
     frontier: tuple[PlanPoint, ...] = ()
     mode: Mode = "fixed"
     weights: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
+    tables: tuple[Any, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.points:
             raise PlanError("A skip plan needs at least one point.")
         if self.rule not in RULES:
-            raise PlanError(f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}.")
+            raise PlanError(f"Unknown keep-rule {self.rule!r}; known: {', '.join(RULES)}. Yours: modes_fx.policies.register().")
+        if RULES[self.rule].has_table != (self.tables is not None):
+            taken = "a table" if self.tables is None else "no table"
+            raise PlanError(f"The keep-rule {self.rule!r} takes {taken} for each layer.")
         if not isinstance(self.model, Mapping) or not isinstance(self.provenance, Mapping):
             raise PlanError("A plan's model and provenance are mappings.")
         for row in self.alpha or ():
@@ -187,6 +192,19 @@ class SkipPlan:
             dtype=torch.float32,
         )
 
+    def table_tensors(self, num_layers: int) -> tuple[Tensor, ...]:
+        """Return the rule's tables, float32, one a layer.
+
+        Raises:
+            PlanError: There are none, too many or too few, or they are no numbers.
+        """
+        if self.tables is None or len(self.tables) != num_layers:
+            raise PlanError(f"The plan has tables for {len(self.tables or ())} MoE layers, the model has {num_layers}.")
+        try:
+            return tuple(torch.tensor(table, dtype=torch.float32) for table in self.tables)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PlanError(f"A plan's table holds rows of numbers, all as long: {error}.") from error
+
     def with_provenance(self, **said: Any) -> SkipPlan:
         """Return the plan with more said of how it was made.
 
@@ -223,13 +241,13 @@ class SkipPlan:
             )
         try:
             if version == 1:
-                content |= {"frontier": [], "mode": "fixed", "weights": []}
+                content |= {"frontier": [], "mode": "fixed", "weights": [], "tables": None}
             points, frontier = _points(content["points"]), _points(content["frontier"])
             alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
             weights = tuple(tuple(tuple(map(float, values)) for values in row) for row in content["weights"])
-            layers = tuple(content["layers"])
+            tables = content["tables"] and _tuples(content["tables"])
             read: dict[str, Any] = {"points": points, "frontier": frontier, "alpha": alpha or None}
-            read |= {"layers": layers, "weights": weights}
+            read |= {"layers": tuple(content["layers"]), "weights": weights, "tables": tables}
             return cls(**read, **{item.name: content[item.name] for item in fields(cls) if item.name not in read})
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
@@ -290,6 +308,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(item) for item in value]
     return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _points(content: Sequence[Mapping[str, Any]]) -> tuple[PlanPoint, ...]:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from modes_fx import modality
 from modes_fx.budget import Budget
-from modes_fx.errors import ModalityError, ModelError, NotOptimizedError
-from modes_fx.modality import PADDING, Tokens
+from modes_fx.errors import ModalityError, ModelError, NotOptimizedError, PlanError
+from modes_fx.modality import CLASSES, PADDING, Tokens
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Binding, Rewritten
-from modes_fx.policy import Rule
+from modes_fx.policies import Rule, table_shape
+from modes_fx.protection import check_observed
 from modes_fx.regions import MoeLayer, running_region
 from modes_fx.report import PHASES, SkipStats
 
@@ -28,11 +29,10 @@ class ModelRuntime:
         rule: The keep-rule compiled in.
     """
 
-    num_classes = PADDING + 1
-
     def __init__(self, layers: Sequence[MoeLayer], rule: Rule) -> None:
         self.layers = tuple(layers)
         self.rule = rule
+        self.num_classes = CLASSES * (2 if rule.protects else 1)  # protected tokens are classes of their own
         self.stats = SkipStats(tuple(layer.name for layer in layers))
         self.sites: dict[int, SiteRecord] = {}
         self.rejections: list[SiteRecord] = []
@@ -40,10 +40,12 @@ class ModelRuntime:
         self.keeps_all = True
         with torch.inference_mode(False):
             self._bounds = torch.full((len(PHASES), len(layers), self.num_classes), rule.keep_all)
-            self._bounds[..., PADDING] = rule.skip_all
+            self._bounds[..., PADDING::CLASSES] = rule.skip_all
         self._given: Tensor | Budget | None = None
         self._budget: Budget | None = None
         self._on_device: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._tables: tuple[Tensor, ...] | None = None
+        self._tables_on_device: dict[tuple[int, torch.device], Tensor] = {}
         # By the ids of weight and region; weak, since offloading makes new tensors.
         self._layer_of: dict[tuple[int, int], tuple[weakref.ref[Tensor], int]] = {}
 
@@ -72,6 +74,12 @@ class ModelRuntime:
         for (phase, layer, _), row in self._on_device.items():
             row.copy_(self._bounds[phase, layer])
 
+    def set_tables(self, tables: Sequence[Tensor] | None) -> None:
+        """Put other tables of the rule in force, float32, one a layer; compiles nothing. None: zeros."""
+        self._tables = None if tables is None else tuple(tables)
+        for (layer, _), on_device in self._tables_on_device.items():
+            on_device.copy_(self._table(layer, tuple(on_device.shape)))
+
     def compiled(self, rewritten: Rewritten) -> None:
         """Take note of a graph that was compiled."""
         self.graphs += 1
@@ -93,13 +101,34 @@ class ModelRuntime:
         if row is None:
             with torch.inference_mode(False):
                 row = self._on_device[phase, layer, device] = self._bounds[phase, layer].clone().to(device)
+        if self.rule.protects and not self.keeps_all:
+            check_observed(running, self.layers[layer].name)
         return layer, token_class, row
+
+    def table(self, layer: int, binding: Binding, device: torch.device) -> Tensor:
+        """Return the rule's table of a layer; see ``backend.Runtime.table``."""
+        known = self._tables_on_device.get((layer, device))
+        if known is None:
+            shape = table_shape(self.rule.keep, binding.record.num_experts)
+            with torch.inference_mode(False):
+                known = self._tables_on_device[layer, device] = self._table(layer, shape).clone().to(device)
+        return known
+
+    def _table(self, layer: int, shape: tuple[int, ...]) -> Tensor:
+        if self._tables is None:
+            return torch.zeros(shape)
+        if tuple(self._tables[layer].shape) != shape:
+            raise PlanError(
+                f"The plan's table for {self.layers[layer].name} has shape {list(self._tables[layer].shape)}, the layer needs "
+                f"{list(shape)}. Make the plan for this model."
+            )
+        return self._tables[layer]
 
     def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
         """Count the pairs that were computed, and tell the budget, if one is in force."""
         running = modality.running()
         if running is not None and self.stats.recording:
-            self.stats.count(layer, top_k, pairs, Tokens(token_class, running.phase))
+            self.stats.count(layer, top_k, pairs, Tokens(token_class % CLASSES, running.phase))
         if running is not None and running.phase == "prefill" and self._budget is not None:
             self._budget.note(layer, top_k, (pairs >= 0).sum())
 

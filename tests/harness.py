@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from modes_fx.backend import SkipBackend
 from modes_fx.passes.skip_experts import Binding, Rewritten, skip_experts
 from modes_fx.plan import PlanPoint, SkipPlan
-from modes_fx.policy import RULES
+from modes_fx.policies import RULES
 
 GEMMS = (torch.ops.transformers.grouped_mm_fallback, torch._grouped_mm)
 """The float32 form and the bfloat16 form of ``grouped_mm``; ``batched_mm`` has ``torch.bmm``."""

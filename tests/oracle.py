@@ -109,3 +109,55 @@ def random_bounds(
         levels = torch.rand(2, generator=generator, dtype=torch.float64) * 0.7 + 0.2
         bounds[layer] = torch.quantile(weights.double().flatten(), levels).float()
     return bounds
+
+
+def decide(rule: str, weights_TK: Tensor, ids_TK: Tensor, bound_T: Tensor, table: Tensor | None = None) -> Tensor:
+    """The rivals' decisions, one token after the other in plain Python, as their papers say; the weights that survive, else 0.
+
+    Returns:
+        float64 [T, K]; NaN where a pair is dropped.
+    """
+    result = torch.full(weights_TK.shape, float("nan"), dtype=torch.float64)
+    for token, (weights, ids) in enumerate(zip(weights_TK.double().tolist(), ids_TK.tolist(), strict=True)):
+        beta, order = float(bound_T[token]), sorted(range(len(weights)), key=lambda rank: (-weights[rank], rank))
+        kept: list[int] = []
+        if rule == "naee_top2":
+            first = order[0]
+            kept = [rank for rank in order if rank == first or not weights[rank] < beta * weights[first]]
+        elif rule in ("naee", "diep"):
+            for place, rank in enumerate(order):
+                share = beta * (1.0 if table is None else float(table[ids[order[0]], ids[rank]]))
+                if sum(weights[other] for other in order[place:]) < share * sum(weights):
+                    break
+                kept.append(rank)
+        elif rule == "random":
+            assert table is not None
+            kept = [rank for rank in order if _draw(token, ids[rank], int(table[0])) >= beta]
+        whole, left = sum(weights), sum(weights[rank] for rank in kept)
+        factor = whole / left if rule == "naee_top2" and left else 1.0
+        for rank in kept:
+            result[token, rank] = weights[rank] * factor
+    return result
+
+
+def _draw(place: int, expert: int, seed: int) -> float:
+    mixed = (place * 73856093 ^ expert * 19349663 ^ seed * 83492791) % 2**32
+    for factor in (0x45D9F3B, 0x119DE1F3, 0x2C1B3C6D):
+        mixed = (mixed ^ mixed // 2**16) * factor % 2**32
+    return mixed // 2**8 / 2**24
+
+
+def received(q: Tensor, k: Tensor, real: Tensor, scaling: float) -> Tensor:
+    """Mean attention from later real tokens over heads, entry by entry; causal, q and k [B, heads, S, D]."""
+    batch, heads, length, _ = q.shape
+    result = torch.zeros(batch, length)
+    for row in range(batch):
+        for to in range(length):
+            later = [i for i in range(to + 1, length) if real[row, i]]
+            for head in range(heads):
+                for i in later:
+                    seen = [j for j in range(i + 1) if real[row, j]]
+                    if to in seen:
+                        scores = [float(q[row, head, i] @ k[row, head, j]) * scaling for j in seen]
+                        result[row, to] += torch.tensor(scores).softmax(0)[seen.index(to)] / (heads * len(later))
+    return result

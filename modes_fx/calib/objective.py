@@ -115,7 +115,7 @@ class Objective:
         self._batches = checked(batches)
         self._reference: list[Tensor] = []  # logits [answer tokens, V] of each batch, on the CPU
         samples, right = 0, 0
-        with _bounds_in_force(self._runtime, None):
+        with bounds_in_force(self._runtime, None):
             for batch in self._batches:
                 logits, correct = self._answers(batch)
                 self._reference.append(logits.cpu())
@@ -137,7 +137,7 @@ class Objective:
         stats = self._runtime.stats
         routed, kept = stats.pairs_routed, stats.pairs_kept
         kl, right = 0.0, 0
-        with _bounds_in_force(self._runtime, bounds), stats.counting():
+        with bounds_in_force(self._runtime, bounds), stats.counting():
             for batch, reference in zip(self._batches, self._reference, strict=True):
                 logits, correct = self._answers(batch)
                 kl += divergence(reference.to(logits.device), logits)
@@ -156,7 +156,7 @@ class Objective:
 
     def routing_weights(self) -> RoutingRecorder:
         """Run the unskipped model once more, uncompiled, and return the weights that it dispatched."""
-        with _bounds_in_force(self._runtime, None), RoutingRecorder(self._model) as recorder:
+        with bounds_in_force(self._runtime, None), RoutingRecorder(self._model) as recorder:
             for batch in self._batches:
                 self._answers(batch)
         return recorder
@@ -164,8 +164,13 @@ class Objective:
 
 def divergence(reference: Tensor, logits: Tensor) -> float:
     """Return the sum over rows of KL(softmax(reference) || softmax(logits)) in nats; both [n, V], on one device."""
+    return float(divergence_of_rows(reference, logits).sum(dtype=torch.float64))
+
+
+def divergence_of_rows(reference: Tensor, logits: Tensor) -> Tensor:
+    """Return KL(softmax(reference) || softmax(logits)) in nats of each row, float64 [n]; both [n, V], on one device."""
     log_p, log_q = (torch.log_softmax(values.float(), dim=-1) for values in (reference, logits))
-    return float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1, dtype=torch.float64)
 
 
 @contextlib.contextmanager
@@ -189,12 +194,13 @@ def optimized(model: nn.Module) -> Iterator[nn.Module]:
                 f"Calibration sets thresholds, but the model is optimised with the keep-rule {state.rule!r}. "
                 "Call modes_fx.restore(model) first."
             )
-        with _bounds_in_force(state.runtime, None):
+        with bounds_in_force(state.runtime, None):
             yield model
 
 
 @contextlib.contextmanager
-def _bounds_in_force(runtime: ModelRuntime, bounds: Tensor | Budget | None) -> Iterator[None]:
+def bounds_in_force(runtime: ModelRuntime, bounds: Tensor | Budget | None) -> Iterator[None]:
+    """Put bounds in force for the length of a block; those from before come back."""
     before = runtime.bounds_in_force
     runtime.set_bounds(bounds)
     try:

@@ -35,16 +35,16 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
 
 class SearchCommand(typer.core.TyperCommand):
-    """Takes several numbers after one ``--targets`` or ``--gammas``."""
+    """Takes several numbers after one ``--targets`` or ``--gammas``, several names after one ``--rules``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its numbers, as click wants it."""
+        """Repeat the option before each of its values, as click wants it."""
         spelled: list[str] = []
         option = ""
         for arg in args:
-            if option and spelled[-1] != option and _is_number(arg):
+            if option and spelled[-1] != option and _SEVERAL[option](arg):
                 spelled.append(option)
-            elif arg in ("--targets", "--gammas"):
+            elif arg in _SEVERAL:
                 option = arg
             elif not (option and spelled[-1] == option):
                 option = ""
@@ -54,6 +54,13 @@ class SearchCommand(typer.core.TyperCommand):
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"\d*\.?\d+", text) is not None
+
+
+def _is_name(text: str) -> bool:
+    return not text.startswith("-")
+
+
+_SEVERAL = {"--targets": _is_number, "--gammas": _is_number, "--rules": _is_name}
 
 
 def seconds(text: str) -> float:

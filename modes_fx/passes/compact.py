@@ -18,10 +18,10 @@ from torch import Tensor, fx
 
 from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
 from modes_fx.passes.site import Reject, RoutingSite
-from modes_fx.policy import KeepRule, keep_pairs
+from modes_fx.policies import KeepRule, decide
 
 
-def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, bounds: fx.Node) -> fx.Node:
+def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, *bounds: fx.Node) -> fx.Node:
     """Rewrite the site in ``graph``.
 
     Args:
@@ -29,7 +29,7 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
         site: The matched site.
         rule: Which pairs to keep.
         token_class: Node, int64 [T].
-        bounds: Node, float32 [number of classes].
+        bounds: Node, float32 [number of classes]; then the layer's table, if the rule asks for one.
 
     Returns:
         The pair (token * K + rank) of each row that the experts compute, int64 [N].
@@ -42,7 +42,7 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
     stock = [node[site.row_ids], node[site.row_weights], node[site.row_hidden]]
     users = [list(item.users) for item in stock]  # as they are now: the selection will use some of them too
     pairs, pair_token, *rows = Emitter.after(ids, weights, hidden).trace(
-        _select, ids, weights, hidden, token_class, bounds, rule=rule, top_k=site.top_k, sort=site.perm is not None
+        _select, ids, weights, hidden, token_class, *bounds, rule=rule, top_k=site.top_k, sort=site.perm is not None
     )
     for old, new, using in zip(stock, rows, users, strict=True):
         for user in using:
@@ -65,13 +65,14 @@ def _select(
     weights: Tensor,
     hidden: Tensor,
     token_class: Tensor,
-    bounds: Tensor,
-    *,
+    *bounds: Tensor,
     rule: KeepRule,
     top_k: int,
     sort: bool,
 ) -> tuple[Tensor, ...]:
-    kept = keep_pairs(rule, weights, token_class, bounds, top_k).reshape(-1).nonzero().squeeze(1)
+    keep, new_weights = decide(rule, expert_ids, weights, token_class, *bounds, top_k=top_k)
+    weights = weights if new_weights is None else new_weights
+    kept = keep.reshape(-1).nonzero().squeeze(1)
     ids = expert_ids[kept]
     if sort:
         ordered = torch.sort(ids)

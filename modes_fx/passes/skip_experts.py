@@ -14,7 +14,7 @@ from torch import fx
 from modes_fx.passes import batched_mm, compact, grouped_mm, static
 from modes_fx.passes.emit import fake_mode_of, under_fake
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
-from modes_fx.policy import KeepRule
+from modes_fx.policies import KeepRule, table_shape, takes_table
 
 Dispatch = Literal["auto", "compact", "static"]
 
@@ -45,9 +45,9 @@ class Binding:
 class Rewritten:
     """A rewritten copy of a graph.
 
-    Its inputs are the original's, then two for each site: int64 [T] token classes and float32 [classes] bounds. Its outputs
-    are the original's, then one for each site, ``pairs``: int64, the pair (token * K + rank) of each row that the experts
-    compute, or -1 for a row that takes no part in the output.
+    Its inputs are the original's, then two for each site: int64 [T] token classes and float32 [classes] bounds; and a third,
+    the layer's float32 table, where the rule asks for one. Its outputs are the original's, then one for each site, ``pairs``:
+    int64, the pair (token * K + rank) of each row that the experts compute, or -1 for a row that takes no part in the output.
 
     Attributes:
         module: The rewritten copy.
@@ -116,11 +116,16 @@ def _rewrite_all(
     original = [item for item in module.graph.nodes if item.op == "placeholder"]
     position = {item.name: index for index, item in enumerate(placeholders)}
 
-    added: list[fx.Node] = []
+    added: list[list[fx.Node]] = []
     for index, site in enumerate(sites):
         hidden = node[site.hidden_TH].meta["example_value"]
-        added.append(_placeholder(graph, f"modes_fx_token_class_{index}", (hidden.shape[0],), torch.int64, hidden))
-        added.append(_placeholder(graph, f"modes_fx_bounds_{index}", (num_classes,), torch.float32, hidden))
+        inputs: list[tuple[str, tuple[Any, ...], torch.dtype]] = [
+            ("token_class", (hidden.shape[0],), torch.int64),
+            ("bounds", (num_classes,), torch.float32),
+        ]
+        if takes_table(rule):
+            inputs.append(("table", table_shape(rule, site.num_experts), torch.float32))
+        added.append([_placeholder(graph, f"modes_fx_{name}_{index}", shape, kind, hidden) for name, shape, kind in inputs])
 
     bindings = []
     outputs: list[fx.Node] = []
@@ -128,7 +133,7 @@ def _rewrite_all(
         hidden = node[site.hidden_TH].meta["example_value"]
         form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
         try:
-            outputs.append(_REWRITES[form](graph, site, rule, added[2 * index], added[2 * index + 1]))
+            outputs.append(_REWRITES[form](graph, site, rule, *added[index]))
         except Reject as reason:
             raise _SiteRejectedError(site, reason) from reason
         sources = tuple(source_of(original[position[name]]) for name in site.weight_inputs)
@@ -139,7 +144,7 @@ def _rewrite_all(
     output.args = ((*output.args[0], *outputs),)
     graph.lint()
     result.recompile()
-    extra = tuple(item.meta["example_value"] for item in added)
+    extra = tuple(item.meta["example_value"] for of_site in added for item in of_site)
     return Rewritten(result, extra, tuple(bindings), (*rejected, *(item.record for item in bindings)))
 
 

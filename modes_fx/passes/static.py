@@ -30,10 +30,10 @@ from torch import Tensor, fx
 
 from modes_fx.passes.emit import Emitter
 from modes_fx.passes.site import RoutingSite
-from modes_fx.policy import KeepRule, keep_pairs
+from modes_fx.policies import KeepRule, decide
 
 
-def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, bounds: fx.Node) -> fx.Node:
+def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, *bounds: fx.Node) -> fx.Node:
     """Rewrite the site in ``graph``.
 
     Args:
@@ -41,7 +41,7 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
         site: The matched site.
         rule: Which pairs to keep.
         token_class: Node, int64 [T].
-        bounds: Node, float32 [number of classes].
+        bounds: Node, float32 [number of classes]; then the layer's table, if the rule asks for one.
 
     Returns:
         The pair (token * K + rank) of each row, int64 [S]; -1 for a row that is selected away.
@@ -49,17 +49,18 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
     node = {item.name: item for item in graph.nodes}
     ids, weights, weighted = node[site.expert_ids_S], node[site.weights_S], node[site.weighted]
     known = {"rule": rule, "top_k": site.top_k}
-    given = (ids, weights, token_class, bounds)
+    given = (ids, weights, token_class, *bounds)
+    weighing = list(node[site.row_weights].users) if site.perm is None else [node[site.row_weights]]
     if site.perm is None:
         readers = list(ids.users)
-        new_ids, keep = Emitter.after(ids, weights).trace(_redirect, *given, **known)
+        new_ids, keep, *new_weights = Emitter.after(ids, weights).trace(_redirect, *given, **known)
         for reader in readers:
             reader.replace_input_with(ids, new_ids)
         selected, pairs = Emitter.after(weighted).trace(_select_kept, weighted, keep)
     else:
         sorted_ids, perm = node[site.row_ids], node[site.perm]
         sort = perm.args[0]
-        (marked,) = Emitter(before=sort).trace(_mark, *given, **known, sentinel=site.num_experts)
+        marked, *new_weights = Emitter(before=sort).trace(_mark, *given, **known, sentinel=site.num_experts)
         sort.replace_input_with(ids, marked)
         in_body = [user for user in sorted_ids.users if user.name in site.body]  # gathers of biases, by expert
         if in_body:
@@ -67,6 +68,9 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
             for user in in_body:
                 user.replace_input_with(sorted_ids, clamped)
         selected, pairs = Emitter.after(weighted).trace(_select_sorted, weighted, sorted_ids, perm, sentinel=site.num_experts)
+    for user in weighing:
+        for replaced in new_weights:
+            user.replace_input_with(weights, replaced)
     weighted.replace_all_uses_with(selected, delete_user_cb=lambda user: user is not selected)
     return pairs
 
@@ -75,13 +79,14 @@ def _mark(
     expert_ids: Tensor,
     weights: Tensor,
     token_class: Tensor,
-    bounds: Tensor,
-    *,
+    *bounds: Tensor,
     rule: KeepRule,
     top_k: int,
     sentinel: int,
-) -> Tensor:
-    return torch.where(keep_pairs(rule, weights, token_class, bounds, top_k).reshape(-1), expert_ids, sentinel)
+) -> tuple[Tensor, ...]:
+    keep, new_weights = decide(rule, expert_ids, weights, token_class, *bounds, top_k=top_k)
+    ids = torch.where(keep.reshape(-1), expert_ids, sentinel)
+    return (ids,) if new_weights is None else (ids, new_weights)
 
 
 def _clamp(sorted_ids: Tensor, *, largest: int) -> Tensor:
@@ -94,12 +99,13 @@ def _select_sorted(weighted: Tensor, sorted_ids: Tensor, perm: Tensor, *, sentin
 
 
 def _redirect(
-    expert_ids: Tensor, weights: Tensor, token_class: Tensor, bounds: Tensor, *, rule: KeepRule, top_k: int
-) -> tuple[Tensor, Tensor]:
-    keep = keep_pairs(rule, weights, token_class, bounds, top_k)
+    expert_ids: Tensor, weights: Tensor, token_class: Tensor, *bounds: Tensor, rule: KeepRule, top_k: int
+) -> tuple[Tensor, ...]:
+    keep, new_weights = decide(rule, expert_ids, weights, token_class, *bounds, top_k=top_k)
     ids = expert_ids.reshape(-1, top_k)
     first = ids.gather(1, keep.to(torch.int8).argmax(1, keepdim=True))  # 0, the token's first pair, where it keeps none
-    return torch.where(keep, ids, first).reshape(-1), keep.reshape(-1)
+    redirected = (torch.where(keep, ids, first).reshape(-1), keep.reshape(-1))
+    return redirected if new_weights is None else (*redirected, new_weights)
 
 
 def _select_kept(weighted: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import modes_fx
 from modes_fx.backend import SkipBackend
-from modes_fx.policy import RULES
+from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
 from tests.passes.conftest import STOCK, TOP_K, Routing, assert_close, expected, tolerance
 

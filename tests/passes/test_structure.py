@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from modes_fx.passes.skip_experts import skip_experts
-from modes_fx.policy import RULES
+from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
 from tests.passes.conftest import EXPERTS, FORMS, HIDDEN, TOP_K, Routing, form_id
 

@@ -1,0 +1,163 @@
+"""``modes-fx compare``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Table
+
+from modes_fx.cli.model import (
+    BatchSizeOption,
+    DeviceMapOption,
+    DtypeOption,
+    FormatOption,
+    SamplesOption,
+    SeedOption,
+    Source,
+    SplitOption,
+    TrustOption,
+    load_batches,
+    load_model,
+    session,
+)
+from modes_fx.cli.terminal import console
+from modes_fx.errors import CalibrationError, ModelError
+
+if TYPE_CHECKING:
+    from modes_fx.compare import Row
+
+DEMO = "demo"
+_DEMO_IMAGES = 12, 64  # calibration, test; 8 questions each
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...", help="A model folder, hub id or `demo`; of several of one architecture the mean is taken."
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Calibration data: file, folder or `demo`; left out for the demo model.")
+    ] = None,
+    test_data: Annotated[Path | None, typer.Option("--test-data", "--held-out", help="Other data, to measure on.")] = None,
+    test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
+    targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
+    rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.csv.")] = Path("out/compare"),
+    importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
+    grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality, where pairs are searched.")] = 24,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="How far above its target a skip ratio may be.")] = 0.005,
+    speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding against stock.")] = False,
+    data_format: FormatOption = None,
+    split: SplitOption = None,
+    samples: SamplesOption = 1024,
+    test_samples: Annotated[int, typer.Option(min=1, help="Samples to draw from the test data.")] = 1024,
+    seed: SeedOption = 0,
+    batch_size: BatchSizeOption = 8,
+    dtype: DtypeOption = "auto",
+    device_map: DeviceMapOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Compare skipping rules at equal skip ratios: each tuned on one set of data, measured on another."""
+    from modes_fx.calib.importance import Mode
+    from modes_fx.calib.trials import data_hash, versions
+    from modes_fx.compare import CONTENDERS, Comparison
+    from modes_fx.compare import compare as run
+    from modes_fx.compare.output import mean_rows, write
+    from modes_fx.demo import CHECKPOINT
+
+    built_in = data == DEMO or (data is None and DEMO in models)
+    if not built_in and (data is None or test_data is None):
+        raise CalibrationError("A comparison needs --data to tune on and --test-data to measure on (or MODEL demo).")
+    if len(set(models)) < len(models):
+        raise ModelError(f"{', '.join(models)}: a model is given twice. Name each once.")
+    found: dict[str, Comparison] = {}
+    hashes: dict[str, str] = {}
+    kinds = set()
+    with session() as bars:
+        for name in models:
+            folder = str(CHECKPOINT) if name == DEMO else name
+            network, processor = load_model(folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+            kinds.add(_kind(network))
+            if len(kinds) > 1:
+                raise ModelError(f"{name} is of another architecture than {models[0]}: they have no mean.")
+            if built_in:
+                parts = zip(("calibration", "test"), _DEMO_IMAGES, strict=True)
+                tune, test = (_demo_batches(part, images, processor, batch_size, seed) for part, images in parts)
+            else:
+                tuning = Source(Path(str(data)), data_format, split, samples, seed)
+                measuring = Source(cast(Path, test_data), data_format, test_split, test_samples, seed)
+                tune, test = (load_batches(network, processor, source, batch_size) for source in (tuning, measuring))
+            hashes = {"calibration": data_hash(tune), "test": data_hash(test)}
+            found[name] = run(
+                network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
+                grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed,
+                progress=lambda part, done, total, name=name: bars(f"{Path(name).name}: {part}", done, total),
+            )  # fmt: skip
+        settings = {
+            "models": models, "targets": list(targets), "importance_mode": importance_mode, "grid_size": grid_size,
+            "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype, "versions": versions(),
+        }  # fmt: skip
+        paths = write(found, settings, out)
+    _print(mean_rows(found), found, [str(path) for path in paths])
+
+
+def _kind(network: Any) -> tuple[str, str]:
+    from modes_fx.plan import config_hash
+
+    return type(network).__name__, config_hash(network.config)
+
+
+def _demo_batches(split: str, images: int, processor: Any, batch_size: int, seed: int) -> list[Any]:
+    from modes_fx.demo import collate, make_samples
+
+    samples = make_samples(split, images, seed=seed)
+    return [collate(samples[start : start + batch_size], processor) for start in range(0, len(samples), batch_size)]
+
+
+def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
+    several = len(found) > 1
+    scores = ", ".join(f"{each.unskipped['score']:.1%}" for each in found.values())
+    samples = next(iter(found.values())).samples
+    ends = f"smallest to largest of {len(found)} models" if several else "95% over samples, paired bootstrap"
+    table = Table(title=f"Test data, {samples} samples; unskipped score {scores}.\nIn brackets: {ends}", box=SIMPLE, padding=0)
+    phases = [phase for phase in ("prefill", "decode") if any(phase in row.speed for row in rows)]
+    decodes = any("decode" in row.skipped for row in rows)
+    headings = ["rule", "skipped", "text", "vision", *(["decode"] if decodes else []), "KL", "flips", "score", "retained"]
+    for heading in (*headings, *(f"{phase} speed" for phase in phases)):
+        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
+    for target in dict.fromkeys(row.target for row in rows):
+        table.add_section()
+        table.add_row(f"[bold]{target:.1%}[/]")
+        for row in (row for row in rows if row.target == target):
+            if row.status == "unreachable":
+                table.add_row(row.title, f"[yellow]at most {row.largest:.1%}[/]")
+                continue
+            ratios = [f"{row.skipped[name]:.1%}" if name in row.skipped else "" for name in ("all", "text", "vision")]
+            if decodes:
+                ratios.append(f"{row.skipped['decode']:.1%}" if "decode" in row.skipped else "")
+            if row.status == "overshot":
+                ratios[0] = f"[yellow]{ratios[0]}[/]"
+            speeds = (f"{row.speed[phase]:.2f}x" if phase in row.speed else "" for phase in phases)
+            metrics = row.metrics
+            cells = (f"{metrics['kl']:.1e}", f"{metrics['flips']:.1%}", f"{metrics['score']:.1%}", _retained(row))
+            table.add_row(row.title, *ratios, *cells, *speeds)
+    console.print(table)
+    if any(row.status == "overshot" for row in rows):
+        console.print("[yellow]Yellow[/]: the rule has no setting nearer above its target.")
+    console.print(
+        "KL: nats an answer token. flips: answer tokens whose likeliest token changes. retained: score / unskipped score."
+    )
+    console.print(f"Written to [bold]{'[/] and [bold]'.join(paths)}[/]", highlight=False)
+
+
+def _retained(row: Row) -> str:
+    if "retained" not in row.metrics:  # the unskipped model answers nothing right
+        return ""
+    low, high = row.intervals["retained"]
+    return f"{row.metrics['retained']:.1%} [dim]({low * 100:.1f} {high * 100:.1f})[/]"

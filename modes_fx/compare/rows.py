@@ -1,0 +1,92 @@
+"""The lines of a comparison, and their mean over several models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from modes_fx.compare.bootstrap import Interval, ratio_interval
+from modes_fx.compare.samples import SampleScores
+
+METRICS = ("kl", "flips", "score", "retained")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rule at one target.
+
+    Attributes:
+        rule: Name of the contender.
+        title: As shown.
+        target: Skip ratio asked for.
+        status: ``"reached"``: within the tolerance above the target on calibration data. ``"overshot"``: the rule has no
+            setting nearer above. ``"unreachable"``: it cannot skip as much, and nothing else is known.
+        largest: The largest skip ratio seen on calibration data while tuning.
+        skipped: Skip ratios by name: ``calibration``; on test data ``all``, ``text``, ``vision``, ``prefill`` and, where
+            generation was timed, ``decode``.
+        metrics: On test data: ``kl`` (nats an answer token), ``flips`` (share of answer tokens whose most likely token
+            changes), ``score`` (share of samples answered right), ``retained`` (score / the unskipped model's).
+        intervals: 95% of each metric: over samples by a paired bootstrap; over models, where several were averaged, from the
+            smallest to the largest.
+        speed: Where timed, times as fast as stock: ``prefill``, ``decode``.
+        point: The thresholds, as in a plan.
+        models: How many models it is the mean of.
+    """
+
+    rule: str
+    title: str
+    target: float
+    status: str
+    largest: float
+    skipped: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    speed: Mapping[str, float] = field(default_factory=dict)
+    point: Mapping[str, Any] = field(default_factory=dict)
+    models: int = 1
+
+    def flat(self) -> dict[str, Any]:
+        """Return it as one line of a table."""
+        kept = {key: value for key, value in asdict(self).items() if not isinstance(value, dict)}
+        for name in ("skipped", "metrics", "speed"):
+            kept |= {f"{name}_{key}": value for key, value in getattr(self, name).items()}
+        for name, (low, high) in self.intervals.items():
+            kept |= {f"{name}_low": low, f"{name}_high": high}
+        return kept | {f"point_{name}": self.point.get(name) for name in ("tau_text", "tau_vision", "gamma")}
+
+
+def measured(scores: SampleScores, unskipped: SampleScores, seed: int) -> tuple[dict[str, float], dict[str, Interval]]:
+    """Return the metrics of one rule on test data, and their intervals over samples."""
+    ones, right = torch.ones(len(scores.kl_S)), unskipped.correct_S.double()
+    pairs = {
+        "kl": (scores.kl_S, scores.tokens_S),
+        "flips": (scores.flips_S, scores.tokens_S),
+        "score": (scores.correct_S, ones),
+        "retained": (scores.correct_S, right),
+    }
+    present = {name: (over.double(), under.double()) for name, (over, under) in pairs.items() if under.sum() > 0}
+    return (
+        {name: float(over.sum() / under.sum()) for name, (over, under) in present.items()},
+        {name: ratio_interval(over, under, seed=seed) for name, (over, under) in present.items()},
+    )
+
+
+def mean_row(rows: Sequence[Row]) -> Row:
+    """Return the mean of one rule's rows at one target over models; what one model could not reach has no mean."""
+    if len(rows) == 1:
+        return rows[0]
+    worst = max(rows, key=lambda row: ("reached", "overshot", "unreachable").index(row.status))
+    common = Row(rows[0].rule, rows[0].title, rows[0].target, worst.status, min(row.largest for row in rows), models=len(rows))
+    if worst.status == "unreachable":
+        return common
+
+    def mean(name: str) -> dict[str, float]:
+        tables: list[Mapping[str, float]] = [getattr(row, name) for row in rows]
+        return {key: sum(table[key] for table in tables) / len(tables) for key in tables[0] if all(key in t for t in tables)}
+
+    metrics = mean("metrics")
+    between = {key: (min(row.metrics[key] for row in rows), max(row.metrics[key] for row in rows)) for key in metrics}
+    return replace(common, skipped=mean("skipped"), metrics=metrics, intervals=between, speed=mean("speed"))

@@ -1,0 +1,10 @@
+"""Keep-rules: which of a token's top-k experts are computed. One file a rule; ``register`` adds yours.
+
+A rule sees tensors and returns tensors; a plan names it and holds its bounds (and its table, if it has one). See
+``modes_fx.policies.rule`` for what a rule may ask for, and ``examples/custom_policy.py``.
+"""
+
+from modes_fx.policies.registry import RULES, register
+from modes_fx.policies.rule import KeepRule, Rule, decide, table_shape, takes_table
+
+__all__ = ["RULES", "KeepRule", "Rule", "decide", "register", "table_shape", "takes_table"]

@@ -1,0 +1,89 @@
+"""Rules with inputs or weights of their own in each form of the dispatch: what is kept is computed, and nothing else."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from modes_fx.backend import inductor
+from modes_fx.policies import RULES
+from tests import harness, oracle, tiny
+from tests.passes.conftest import EXPERTS, STOCK, TOP_K, Routing, assert_close, expected
+
+CASES = list(itertools.product(STOCK, ("compact", "static"), ("naee", "naee_top2", "diep", "random")))
+
+
+class Runtime(harness.FixedRuntime):
+    """With a table, as rules that ask for one need."""
+
+    def table(self, layer: int, binding: object, device: torch.device) -> Tensor:
+        return self.layer_table
+
+
+def table_for(rule: str) -> Tensor | None:
+    if rule == "random":
+        return torch.tensor([5.0])
+    similar = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1)) + 0.5
+    return similar.fill_diagonal_(1.0) if rule == "diep" else None
+
+
+@pytest.mark.parametrize(("stock_form", "dispatch", "rule"), CASES)
+def test_what_a_rule_keeps_is_computed_with_its_weights_and_nothing_else(stock_form: str, dispatch: str, rule: str) -> None:
+    runtime = Runtime(recording=True)
+    runtime.layer_table = table_for(rule)
+    log = harness.GemmLog()
+    experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts.config._experts_implementation = stock_form
+    run = harness.compiled_block(experts, dispatch, runtime, log, rule=rule)
+    for tokens, beta in ((9, 0.0), (9, 0.4), (20, 0.7), (7, 1e9)):
+        routing = Routing.random(tokens, torch.float32, seed=tokens)
+        for tensor in (routing.hidden, routing.ids, routing.weights):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        runtime.bounds = torch.tensor([beta, beta, RULES[rule].skip_all])
+        runtime.recorded.clear()
+        log.clear()
+        with torch.no_grad():
+            out = run(routing.hidden, routing.ids, routing.weights)
+        survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((tokens,), beta), table_for(rule))
+        keep = ~survivors.isnan()
+        assert keep.all() if beta == 0 else not keep.all()
+        changed = Routing(routing.hidden, routing.ids, survivors.nan_to_num())
+        assert_close(out, expected(experts, changed, keep), torch.float32)
+        pairs = runtime.recorded[0]
+        assert sorted(pairs[pairs >= 0].tolist()) == keep.flatten().nonzero().flatten().tolist()
+        if (stock_form, dispatch) != ("batched_mm", "static"):
+            assert log.computed == [int(keep.sum())] * 2
+    assert len(runtime.graphs) == 1
+    assert TOP_K == 3
+
+
+@pytest.mark.parametrize("dispatch", ["compact", "static"])
+def test_renormalised_weights_are_rounded_to_the_models_dtype_and_unchanged_where_all_is_kept(dispatch: str) -> None:
+    runtime = Runtime()
+    experts = oracle.experts_of(tiny.make("olmoe", torch.bfloat16))[0]
+    experts.config._experts_implementation = "grouped_mm"
+    outs = {}
+    for rule in ("naee_top2", "threshold"):
+        run = harness.compiled_block(experts, dispatch, runtime, rule=rule)
+        routing = Routing.random(12, torch.bfloat16)
+        runtime.bounds = torch.tensor([0.0, 0.0, float("inf")])
+        with torch.no_grad():
+            outs[rule] = run(routing.hidden, routing.ids, routing.weights)
+    assert outs["naee_top2"].dtype == torch.bfloat16
+    assert outs["naee_top2"].equal(outs["threshold"])
+
+
+@pytest.mark.parametrize("rule", ["diep", "random"])
+def test_generated_code_decides_alike(rule: str) -> None:
+    runtime = Runtime(recording=True)
+    runtime.layer_table = table_for(rule)
+    experts = oracle.experts_of(tiny.make("olmoe"))[0]
+    experts.config._experts_implementation = "grouped_mm"
+    run = harness.compiled_block(experts, "compact", runtime, inductor, rule=rule)  # integers wrap and sums round as in eager
+    routing = Routing.random(60, torch.float32)
+    runtime.bounds = torch.tensor([0.4, 0.4, float("inf")])
+    with torch.no_grad():
+        run(routing.hidden, routing.ids, routing.weights)
+    survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((60,), 0.4), table_for(rule))
+    assert sorted(runtime.recorded[0].tolist()) == (~survivors.isnan()).flatten().nonzero().flatten().tolist()

@@ -1,0 +1,49 @@
+"""``compare`` as a user types it, on the embedded model."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from modes_fx.cli import compare
+from modes_fx.demo import CHECKPOINT
+from modes_fx.errors import CalibrationError, ModelError
+from tests.test_cli_calibrate import run
+
+pytestmark = pytest.mark.usefixtures("without_inductor")
+SMALL = ("--grid-size", "3", "--targets", "0.5", "0.9", "--rules", "naee_top2", "threshold", "--batch-size", "8")
+
+
+@pytest.fixture(autouse=True)
+def _little_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "_DEMO_IMAGES", (1, 1))
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def test_two_models_make_a_table_of_means_and_two_files(tmp_path: Path) -> None:
+    result = run("compare", "demo", CHECKPOINT, "--out", tmp_path, *SMALL)
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    for wanted in ("8 samples", "smallest to largest of 2 models", "NAEE, ratio", "threshold only", "at most 87.5%", "90.0%"):
+        assert wanted in said
+    facts = json.loads((tmp_path / "compare.json").read_text())
+    assert [(row["rule"], row["target"], row["models"]) for row in facts["rows"]] == [
+        ("naee_top2", 0.5, 2), ("naee_top2", 0.9, 2), ("threshold", 0.5, 2), ("threshold", 0.9, 2),
+    ]  # fmt: skip
+    assert facts["rows"][1]["status"] == "unreachable"
+    first, second = facts["models"].values()
+    assert first == second  # the same weights: all of it is deterministic
+    low, high = facts["rows"][0]["intervals"]["kl"]
+    assert low == high == facts["rows"][0]["metrics"]["kl"]
+    lines = list(csv.DictReader((tmp_path / "compare.csv").read_text().splitlines()))
+    assert [line["model"] for line in lines] == ["demo"] * 4 + [str(CHECKPOINT)] * 4 + ["mean"] * 4
+    assert float(lines[0]["metrics_kl"]) == facts["models"]["demo"]["rows"][0]["metrics"]["kl"]
+
+
+def test_data_is_asked_for_and_one_architecture(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="--data to tune on and --test-data"):
+        run("compare", CHECKPOINT, "--out", tmp_path)
+    with pytest.raises(ModelError, match="demo, demo: a model is given twice"):
+        run("compare", "demo", "demo", "--out", tmp_path, *SMALL)
+    assert not (tmp_path / "compare.json").exists()
