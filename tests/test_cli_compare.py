@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from modes_fx.cli import compare
+from modes_fx.compare import Row
 from modes_fx.demo import CHECKPOINT
 from modes_fx.errors import CalibrationError, ModelError
 from tests.test_cli_calibrate import run
@@ -47,3 +48,9 @@ def test_data_is_asked_for_and_one_architecture(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="demo, demo: a model is given twice"):
         run("compare", "demo", "demo", "--out", tmp_path, *SMALL)
     assert not (tmp_path / "compare.json").exists()
+
+
+def test_what_was_timed_has_a_table_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    timed = Row("naee", "NAEE", 0.5, "reached", 1.0, {"prefill": 0.51, "decode": 0.62}, speed={"prefill": 1.7, "decode": 1.2})
+    compare._print_speed([timed])
+    assert "NAEE 50.0% 1.70x 51.0% 1.20x 62.0%" in " ".join(capsys.readouterr().out.split())

@@ -126,10 +126,7 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
     samples = next(iter(found.values())).samples
     ends = f"smallest to largest of {len(found)} models" if several else "95% over samples, paired bootstrap"
     table = Table(title=f"Test data, {samples} samples; unskipped score {scores}.\nIn brackets: {ends}", box=SIMPLE, padding=0)
-    phases = [phase for phase in ("prefill", "decode") if any(phase in row.speed for row in rows)]
-    decodes = any("decode" in row.skipped for row in rows)
-    headings = ["rule", "skipped", "text", "vision", *(["decode"] if decodes else []), "KL", "flips", "score", "retained"]
-    for heading in (*headings, *(f"{phase} speed" for phase in phases)):
+    for heading in ("rule", "skipped", "text", "vision", "KL", "flips", "score", "retained"):
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for target in dict.fromkeys(row.target for row in rows):
         table.add_section()
@@ -139,21 +136,32 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
                 table.add_row(row.title, f"[yellow]at most {row.largest:.1%}[/]")
                 continue
             ratios = [f"{row.skipped[name]:.1%}" if name in row.skipped else "" for name in ("all", "text", "vision")]
-            if decodes:
-                ratios.append(f"{row.skipped['decode']:.1%}" if "decode" in row.skipped else "")
             if row.status == "overshot":
                 ratios[0] = f"[yellow]{ratios[0]}[/]"
-            speeds = (f"{row.speed[phase]:.2f}x" if phase in row.speed else "" for phase in phases)
             metrics = row.metrics
             cells = (f"{metrics['kl']:.1e}", f"{metrics['flips']:.1%}", f"{metrics['score']:.1%}", _retained(row))
-            table.add_row(row.title, *ratios, *cells, *speeds)
+            table.add_row(row.title, *ratios, *cells)
     console.print(table)
+    _print_speed([row for row in rows if row.speed])
     if any(row.status == "overshot" for row in rows):
         console.print("[yellow]Yellow[/]: the rule has no setting nearer above its target.")
     console.print(
         "KL: nats an answer token. flips: answer tokens whose likeliest token changes. retained: score / unskipped score."
     )
     console.print(f"Written to [bold]{'[/] and [bold]'.join(paths)}[/]", highlight=False)
+
+
+def _print_speed(rows: Sequence[Row]) -> None:
+    if not rows:
+        return
+    table = Table(title="Times as fast as stock, and what generation skipped", box=SIMPLE, padding=0)
+    for heading in ("rule", "target", "prefill", "skipped", "decode", "skipped"):
+        table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
+    for row in rows:
+        skipped = {phase: f"{row.skipped[phase]:.1%}" if phase in row.skipped else "" for phase in row.speed}
+        cells = (cell for phase in row.speed for cell in (f"{row.speed[phase]:.2f}x", skipped[phase]))
+        table.add_row(row.title, f"{row.target:.1%}", *cells)
+    console.print(table)
 
 
 def _retained(row: Row) -> str:
