@@ -4,10 +4,10 @@ BIN    := $(VENV)/bin
 SYNC   := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench coverage clean
+.PHONY: help demo test test-all lint bench coverage clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 $(SYNC): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,7 +17,10 @@ $(SYNC): pyproject.toml constraints.txt
 demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluate, time (4 minutes)
 	$(BIN)/modes-fx demo --out out/demo
 
-test: $(SYNC)  ## run all tests
+test: $(SYNC)  ## run the tests
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
+
+test-all: $(SYNC)  ## run the slow tests too: every family in every form
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(SYNC)  ## check style and types

@@ -11,6 +11,8 @@ from tests.families.text import TEXT
 from tests.families.vision import VISION
 from tests.passes.experts import check_experts
 
+pytestmark = pytest.mark.slow  # tests/passes/test_experts.py runs the same on five families
+
 GEMMS = [("grouped_mm", torch.float32), ("grouped_mm", torch.bfloat16), ("batched_mm", torch.float32)]
 FORMS = [*product(GEMMS, ("compact", "static"))]
 FAMILIES = [family for family in (*TEXT, *VISION) if family.expected == "rewritten"]

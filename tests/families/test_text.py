@@ -43,6 +43,7 @@ def test_family_is_rewritten_and_skips_what_the_oracle_skips(family: Family) -> 
     assert stats.pairs_routed.equal(wanted.routed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", REWRITTEN, ids=lambda family: family.name)
 def test_blocks_are_unchanged_in_bfloat16(family: Family) -> None:
     model, inputs = family.build().to(torch.bfloat16), family.inputs()
