@@ -114,6 +114,7 @@ def test_a_time_budget_that_is_too_short_says_so_and_a_long_one_does_not_matter(
         assert whole.point(target).kl["calibration"] == unlimited.point(target).kl["calibration"]
 
 
+@pytest.mark.slow
 def test_two_launched_processes_write_the_plan_of_one(folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -133,7 +134,7 @@ def test_two_launched_processes_write_the_plan_of_one(folder: Path) -> None:
         )  # fmt: skip
     said = [process.communicate(timeout=300) for process in started]
     assert [process.returncode for process in started] == [0, 0], said
-    assert "shared by 2 processes" in said[0][0]
+    assert "shared by 2 processes" in " ".join(said[0][0].split())
     assert said[1][0] == ""
     one, two = SkipPlan.load(folder / "plan.json"), SkipPlan.load(folder / "two.json")
     assert two.provenance["data_hash"] == one.provenance["data_hash"]

@@ -76,6 +76,7 @@ def test_what_is_compiled_around_the_model_skips_the_same_pairs(
     assert (actual - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_compiled_language_model_skips_by_modality(vlm: nn.Module) -> None:
     inputs = tiny.mixed_batch(seed=5)
     with modes_fx.stats(modes_fx.optimize(vlm, PLAN)) as alone:
@@ -94,6 +95,7 @@ def test_one_graph_around_the_model_is_refused(text_model: nn.Module) -> None:
         logits(torch.compile(text_model, backend="eager", fullgraph=True), tiny.text_batch())
 
 
+@pytest.mark.slow
 def test_restored_model_compiles_whole(text_model: nn.Module) -> None:
     stock = logits(text_model, tiny.text_batch())
     modes_fx.restore(modes_fx.optimize(text_model, PLAN))

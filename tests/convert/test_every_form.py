@@ -84,6 +84,7 @@ def test_random_thresholds_give_the_oracles_logits_and_rows(name: str, dispatch:
     assert set(log.computed) == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_a_bfloat16_block_computes_what_the_stock_one_does(case: Case) -> None:
     model = case.make(torch.bfloat16)

@@ -56,6 +56,7 @@ def batch_for(family: str) -> dict[str, torch.Tensor]:
     return tiny.mixed_batch(seed=2) if family == "qwen3_vl_moe" else tiny.text_batch(seed=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe", "deepseek_v3"])
@@ -99,6 +100,7 @@ def test_above_0_it_is_the_oracle_on_the_weights_that_the_bits_stand_for(family:
     assert relative_error(logits(model, inputs), nothing, classes != 2) <= 5e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "region"), [(8, "layer"), (4, "model")])
 def test_larger_regions(bits: int, region: str) -> None:
     model, inputs = quantised(bits), tiny.mixed_batch()
@@ -116,6 +118,7 @@ def test_inductor_compiles_it() -> None:
     assert relative_error(logits(model, inputs), stock, tiny.classes(inputs) != 2) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_generation_skips(bits: int) -> None:
     model, inputs = quantised(bits), tiny.mixed_batch()
