@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 
 from modes_fx.data import FORMATS, load_samples
 from modes_fx.errors import CalibrationError
@@ -227,3 +228,10 @@ def test_no_data_is_refused(tmp_path: Path, source: str) -> None:
     (tmp_path / "file.txt").write_text("")
     with pytest.raises(CalibrationError, match=r"no calibration data at|Cannot tell the format"):
         load_samples(tmp_path / source)
+
+
+def test_the_folder_of_a_jsonl_file_and_its_images_is_that_file(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat.png")
+    (tmp_path / "questions.jsonl").write_text('{"image": "cat.png", "question": "What is it?", "answer": "a cat"}\n')
+    (sample,) = load_samples(tmp_path)
+    assert (sample.question, sample.answer, len(sample.open_images())) == ("What is it?", "a cat", 1)

@@ -2,6 +2,7 @@
 
 Read are ``image`` or ``images`` (a path or a list of them, relative to the file; neither for text alone), ``question`` or
 ``prompt``, ``answer`` or ``answers`` (of a list the first), and ``id`` (else the line's number). Empty lines are passed over.
+The folder that holds it, and its images, will do as well.
 """
 
 from __future__ import annotations
@@ -19,10 +20,18 @@ QUESTION, ANSWER, IMAGES = ("question", "prompt"), ("answer", "answers"), ("imag
 
 
 def _fits(source: Path) -> bool:
-    return source.is_file() and source.suffix == ".jsonl"
+    return source.suffix == ".jsonl" if source.is_file() else _only_file_in(source) is not None
+
+
+def _only_file_in(folder: Path) -> Path | None:
+    """Return the one JSONL file of a folder of images."""
+    files = list(folder.glob("*.jsonl"))
+    images = any(path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") for path in folder.iterdir())
+    return files[0] if len(files) == 1 and images else None
 
 
 def _read(source: Path, split: str | None, frames: int) -> Records:
+    source = source if source.is_file() else _only_file_in(source) or source
     if split is not None:
         raise CalibrationError(f"A JSONL file has no splits, but split {split!r} was asked for.")
     try:
