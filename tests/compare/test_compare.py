@@ -19,6 +19,8 @@ from modes_fx.policies import RULES, Rule, register
 from tests import harness, oracle, tiny
 from tests.calib.conftest import oracle_kl, with_answers, without_labels
 
+pytestmark = pytest.mark.slow  # test_tuning.py and test_cli_compare.py are quick
+
 CALIBRATION, TEST = [with_answers(1), with_answers(2, side="right"), with_answers(3)], [with_answers(4), with_answers(5)]
 TARGETS, TOLERANCE = (0.5, 0.75), 0.04
 
