@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from modes_fx.errors import ModesFxError
 from modes_fx.files import write_atomically
 
 
@@ -46,3 +47,10 @@ def test_a_failure_before_the_first_write_leaves_nothing(tmp_path: Path, monkeyp
     with pytest.raises(InterruptedHereError):
         write_atomically(tmp_path / "file", "new")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_in_its_place_is_named_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModesFxError, match=r"Cannot write .*out: Is a directory"):
+        write_atomically(tmp_path / "out", "new")
+    assert os.listdir(tmp_path) == ["out"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class Importance:
     method: Method = "naive"
     forwards: float = 0.0
     seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "kl"):
+            for row in getattr(self, name):
+                if len(row) != len(MODALITIES) or any(not math.isfinite(value) or value < 0 for value in row):
+                    raise CalibrationError(f"{name} holds a (text, vision) pair of finite numbers >= 0 a layer, got {row!r}.")
 
     @classmethod
     def of(cls, kl: Tensor, mode: Mode, answer_tokens: int, method: Method, forwards: float, seconds: float) -> Importance:

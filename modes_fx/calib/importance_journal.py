@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from modes_fx.calib import processes
-from modes_fx.calib.importance import Importance, Method, Mode, layer_importance
+from modes_fx.calib.importance import Importance, Method, Mode, OnStep, layer_importance
 from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Batch, checked, optimized
 from modes_fx.calib.trials import data_hash, what_determines
@@ -30,7 +30,7 @@ def resumable_importance(
     method: Method = "resumed",
     *,
     journal: str | os.PathLike[str] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Importance:
     """Measure the importance of every MoE layer like ``layer_importance``, keeping what is done in a journal.
 
@@ -48,19 +48,21 @@ def resumable_importance(
     if journal is None:
         return layer_importance(model, batches, mode, method=method, on_step=on_step)
     data = checked(batches)
-    if not sum(processes.gather(len(data))):
+    counts = processes.gather(len(data))
+    if not sum(counts):
         raise CalibrationError("Calibration needs at least one batch.")
-    parts = min(_PARTS, max(processes.gather(len(data))))
+    parts = min(_PARTS, max(counts))
     started, sums, tokens, forwards, used = time.monotonic(), torch.zeros((), dtype=torch.float64), 0, 0.0, set()
     with optimized(model):
-        about = {**what_determines(model, data_hash(data)), "split": [len(each) for each in processes.gather(data)]}
+        about = {**what_determines(model, data_hash(data)), "split": counts}
         records = Journal(journal, about)
         for part in range(parts):
-            share = data[part * len(data) // parts : (part + 1) * len(data) // parts]
+            first, last = part * len(data) // parts, (part + 1) * len(data) // parts
+            share = data[first:last]
             key = ("importance", mode, method, part, parts)
             known = records.get(key)
             if known is None:
-                found = layer_importance(model, share, mode, method=method, on_step=_of_part(part, parts, on_step))
+                found = layer_importance(model, share, mode, method=method, on_step=_of_part(first, last, len(data), on_step))
                 known = {
                     "kl": found.kl,
                     "answer_tokens": found.answer_tokens,
@@ -76,5 +78,13 @@ def resumable_importance(
     return Importance.of(sums / tokens, mode, tokens, whole, forwards, time.monotonic() - started)
 
 
-def _of_part(part: int, parts: int, on_step: Callable[[int, int], None] | None) -> Callable[[int, int], None] | None:
-    return None if on_step is None else lambda done, total: on_step(part * total + done, parts * total)
+def _of_part(first: int, last: int, batches: int, on_step: OnStep | None) -> OnStep | None:
+    """Return what tells ``on_step`` of the steps of the batches from ``first`` to ``last`` as steps of all."""
+    if on_step is None:
+        return None
+
+    def of_all(done: int, total: int) -> None:
+        steps = total // (last - first)  # a batch
+        on_step(first * steps + done, batches * steps)
+
+    return of_all

@@ -26,9 +26,6 @@ class Journal:
 
     All processes open it and see the same entries; only the main process touches the file.
 
-    Attributes:
-        resumed: Entries that the file held when it was opened.
-
     Args:
         path: The file, begun if there is none; None keeps entries in memory alone.
         about: What determines every entry: JSON values by name, such as hashes of model and data, and versions.
@@ -43,45 +40,71 @@ class Journal:
         if self._path is not None:
             opened = self._path
             self._entries = processes.from_main(lambda: _open(opened, dict(about)))
-        self.resumed = len(self._entries)
 
     def get(self, key: Key) -> dict[str, Any] | None:
         """Return the entry of a key, or None."""
         return self._entries.get(key)
 
+    def __len__(self) -> int:
+        """Return how many entries there are."""
+        return len(self._entries)
+
     def add(self, key: Key, value: dict[str, Any]) -> None:
-        """Keep an entry; it is on the disk when this returns."""
+        """Keep an entry; it is on the disk when this returns.
+
+        Raises:
+            CalibrationError: It cannot be written; on all processes.
+        """
         self._entries[key] = value
-        if self._path is not None and processes.is_main():
-            _append(self._path, {"key": list(key), "value": value})
+        if self._path is not None:
+            path = self._path
+            processes.from_main(lambda: _add(path, {"key": list(key), "value": value}))
 
 
 def _open(path: Path, about: dict[str, Any]) -> dict[Key, dict[str, Any]]:
-    header = {"journal": _FORMAT, "about": about}
+    header = json.loads(json.dumps({"journal": _FORMAT, "about": about}))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _whole_lines(path)
-        if not lines:
+        content = path.read_bytes() if path.exists() else b""
+        if b"\n" not in content and b'{"journal"'.startswith(content[:10]):  # new, or its very first line is torn
+            path.write_bytes(b"")
             _append(path, header)
             return {}
+        first, *lines = content.split(b"\n")
+        _check_header(path, first, header)
+        entries, end = _entries(path, lines)
+        if len(first) + 1 + end < len(content):  # only now that it is known to be this run's journal
+            os.truncate(path, len(first) + 1 + end)
     except OSError as error:
         raise CalibrationError(f"Cannot use the journal {path}: {error.strerror}. Name a file that can be written.") from error
-    _check_header(path, lines[0], json.loads(json.dumps(header)))
-    entries = {}
-    for number, line in enumerate(lines[1:], start=2):
-        try:
-            entries[tuple(line["key"])] = line["value"]
-        except (KeyError, TypeError) as error:
-            raise CalibrationError(f"Line {number} of the journal {path} is no entry. {_ANEW}") from error
     return entries
 
 
 _ANEW = "Delete the file to begin anew, or name another one."
 
 
-def _check_header(path: Path, found: Any, expected: dict[str, Any]) -> None:
+def _entries(path: Path, lines: list[bytes]) -> tuple[dict[Key, dict[str, Any]], int]:
+    """Return the entries of all lines after the first but a last one that is torn; and how many bytes they take."""
+    entries, end = {}, 0
+    for number, line in enumerate(lines[:-1], start=2):
+        try:
+            entry = json.loads(line)
+            entries[tuple(entry["key"])] = entry["value"]
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines) or lines[-1]:  # something follows: not the trace of one interrupted write
+                raise CalibrationError(f"Line {number} of the journal {path} is damaged ({error}). {_ANEW}") from error
+            break
+        end += len(line) + 1
+    return entries, end
+
+
+def _check_header(path: Path, line: bytes, expected: dict[str, Any]) -> None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
     if not isinstance(found, dict) or found.get("journal") != _FORMAT or not isinstance(found.get("about"), dict):
-        raise CalibrationError(f"{path} is not a journal of calibration (its first line says something else). {_ANEW}")
+        raise CalibrationError(f"{path} is not a journal of calibration (see its first line). Name another file.")
     was, now = found["about"], expected["about"]
     differing = [name for name in {**now, **was} if was.get(name) != now.get(name)]
     if differing:
@@ -89,26 +112,13 @@ def _check_header(path: Path, found: Any, expected: dict[str, Any]) -> None:
         raise CalibrationError(f"The journal {path} belongs to another run: {details}. {_ANEW}")
 
 
-def _whole_lines(path: Path) -> list[Any]:
-    """Return the file's lines, parsed; cut off a last line that is torn, so that the next one starts afresh."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    raw = content.split(b"\n")
-    end, lines = 0, []
-    for number, line in enumerate(raw[:-1], start=1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            if number < len(raw) - 1 or raw[-1]:  # something whole or torn follows: not the trace of one interrupted write
-                raise CalibrationError(f"Line {number} of the journal {path} is damaged ({error}). {_ANEW}") from error
-            break
-        end += len(line) + 1
-    if not lines and content and not b'{"journal"'.startswith(content[:10]):
-        raise CalibrationError(f"{path} is not a journal of calibration. {_ANEW}")  # never cut off somebody's file
-    if end < len(content):
-        os.truncate(path, end)
-    return lines
+def _add(path: Path, line: dict[str, Any]) -> None:
+    try:
+        _append(path, line)
+    except OSError as error:
+        raise CalibrationError(
+            f"Cannot write to the journal {path}: {error.strerror}. What it holds is whole: make room and run the same again."
+        ) from error
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Several processes, each with its share of the data: what they must agree on.
 
-Processes share one ``torch.distributed`` group (``accelerate launch`` and ``PartialState`` make it); without one there is a
-single process and every function here costs nothing. All processes call these functions in the same order and get the very
-same answer, so that all take the same decisions: sums are formed on one process and sent to the others.
+Processes share one ``torch.distributed`` group (``torchrun``, ``accelerate launch`` and ``PartialState`` make it); without one
+there is a single process and every function here costs nothing. All processes call these functions in the same order and get
+the very same answer, so that all take the same decisions: sums are formed on one process and sent to the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def launched() -> Iterator[None]:
-    """Join the group of ``accelerate launch`` for the length of a block, if it started this process."""
+    """Join the group of ``torchrun`` or ``accelerate launch``, if one of them started this process, for a block's length."""
     if _grouped() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -93,15 +93,31 @@ def from_main(make: Callable[[], T]) -> T:
 
 
 def together(make: Callable[[], T]) -> T:
-    """Return what this process makes; a ``CalibrationError`` on one of them is raised on all, so that none waits for it."""
+    """Return what this process makes; an error on one of them is raised on all, so that none waits for it.
+
+    Raises:
+        CalibrationError: In place of another process's error of a kind of its own.
+    """
+    if world() == 1:
+        return make()
+    made, error = None, None
     try:
-        made, error = make(), None
-    except CalibrationError as raised:
-        made, error = None, raised
-    errors = [other for other in gather(error) if other is not None]
-    if errors:
-        raise error or errors[0]
+        made = make()
+    except Exception as raised:  # on its way to the other processes, which would wait for ever
+        error = raised
+    said = gather(_told(error))
+    if error is not None:
+        raise error
+    if told := next(filter(None, said), None):
+        raise CalibrationError(told)
     return made  # type: ignore[return-value]
+
+
+def _told(error: Exception | None) -> str | None:
+    """Return an error as text, which always pickles."""
+    if error is None:
+        return None
+    return str(error) if isinstance(error, CalibrationError) else f"{type(error).__name__} on process {rank()}: {error}"
 
 
 def _grouped() -> bool:

@@ -27,9 +27,10 @@ def filled(path: Path) -> Journal:
 
 
 def test_entries_come_back_as_they_were(path: Path) -> None:
-    assert filled(path).resumed == 0
+    assert len(Journal(path, ABOUT)) == 0
+    filled(path)
     again = Journal(path, ABOUT)
-    assert again.resumed == 2
+    assert len(again) == 2
     for key, value in ENTRIES:
         assert again.get(key) == value
     assert again.get(("trial", 0.5, 0.25)) is None
@@ -60,7 +61,7 @@ def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path: Path, cut: 
     whole = max(content[:cut].count(b"\n") - 1, 0)
     path.write_bytes(content[:cut] + (garbage if cut > 11 else b""))
     journal = Journal(path, ABOUT)
-    assert journal.resumed == whole
+    assert len(journal) == whole
     for key, value in ENTRIES[whole:]:
         assert journal.get(key) is None
         journal.add(key, value)
@@ -71,7 +72,7 @@ def test_a_last_line_of_zeros_is_dropped_like_a_torn_one(path: Path) -> None:
     filled(path)
     content = path.read_bytes()
     path.write_bytes(content + b"\0" * 20 + b"\n")
-    assert Journal(path, ABOUT).resumed == 2
+    assert len(Journal(path, ABOUT)) == 2
     assert path.read_bytes() == content
 
 
@@ -121,3 +122,22 @@ def test_damage_before_the_last_line_is_named_by_its_line(path: Path, damage: by
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="Cannot use the journal"):
         Journal(tmp_path, ABOUT)
+
+
+@pytest.mark.parametrize("content", [b'{"question": "a"}\n{"question": "b"}', b"[\n  1\n]", b"no newline"])
+def test_a_file_of_somebody_else_is_left_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(CalibrationError, match=r"is not a journal of calibration .* Name another file"):
+        Journal(path, ABOUT)
+    assert path.read_bytes() == content
+
+
+def test_a_full_disk_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    journal = Journal(path, ABOUT)
+    monkeypatch.setattr("modes_fx.calib.journal.os.fsync", full)
+    with pytest.raises(CalibrationError, match=r"No space left.*make room"):
+        journal.add(*ENTRIES[0])
