@@ -132,7 +132,7 @@ def frontier_search(
     """
     _check_grid("taus_text", taus_text)
     _check_grid("taus_vision", taus_vision)
-    _check_targets(targets)
+    check_targets(targets)
     if better_than is not None and len(better_than) != len(targets):
         raise CalibrationError(f"better_than has {len(better_than)} losses for {len(targets)} targets: expected one each.")
     at_hand: dict[float, float] = {}
@@ -205,7 +205,12 @@ def _check_grid(name: str, taus: Sequence[float]) -> None:
             )
 
 
-def _check_targets(targets: Sequence[float]) -> None:
+def check_targets(targets: Sequence[float]) -> None:
+    """Refuse targets that are no skip ratios.
+
+    Raises:
+        CalibrationError: There is none, or one is outside of [0, 1].
+    """
     if not len(targets):
         raise CalibrationError("targets is empty: expected at least one skip ratio.")
     for i, target in enumerate(targets):

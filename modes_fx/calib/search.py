@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from modes_fx.calib.frontier import FrontierPoint, FrontierResult, frontier_search
+from modes_fx.calib.frontier import FrontierPoint, FrontierResult, check_targets, frontier_search
 from modes_fx.calib.importance import Importance
 from modes_fx.calib.journal import Journal
-from modes_fx.calib.objective import Batch, Objective, optimized
+from modes_fx.calib.objective import Batch, Objective, checked, optimized
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.calib.trials import Trial, Trials, as_point, data_hash, pareto, thresholds, versions, what_determines
 from modes_fx.errors import CalibrationError
@@ -72,9 +72,13 @@ def search(
     """
     if grid_size < 2 or not gammas or not targets:
         raise CalibrationError("search() needs a grid of at least 2 thresholds, one gamma and one target.")
+    check_targets(targets)
+    if not all(math.isfinite(gamma) and gamma >= 0 for gamma in gammas):
+        raise CalibrationError(f"gammas are {list(gammas)}: expected finite exponents >= 0.")
     if time_budget is not None and not time_budget > 0:
         raise CalibrationError(f"time_budget is {time_budget!r}: expected seconds > 0, or None.")
-    started, batches = time.monotonic(), list(batches)
+    started, batches = time.monotonic(), checked(batches)
+    held_out = None if held_out is None else checked(held_out)
     with optimized(model):
         data = data_hash(batches)
         records = Journal(journal, what_determines(model, data, importance.alpha))

@@ -163,7 +163,7 @@ def short_hash(*parts: bytes) -> str:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def as_point(trial: Trial, target: float | None = None) -> PlanPoint:

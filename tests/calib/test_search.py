@@ -226,12 +226,22 @@ def test_a_target_that_cannot_be_met_is_left_out_and_named(model: nn.Module, dat
     assert search(model, data[:1], unknown, [0.5], gammas=[1.0], grid_size=3).point(0.5).realised["calibration"] >= 0.5
 
 
-@pytest.mark.parametrize("options", [{"grid_size": 1}, {"gammas": []}, {"targets": []}])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid_size": 1}, "grid of at least 2"),
+        ({"gammas": []}, "grid of at least 2"),
+        ({"targets": []}, "grid of at least 2"),
+        ({"targets": [75.0]}, "arget"),
+        ({"gammas": [-1.0]}, "gammas are .*finite exponents >= 0"),
+        ({"gammas": [math.nan]}, "gammas are .*finite exponents >= 0"),
+    ],
+)
 def test_arguments_that_leave_nothing_to_search_are_refused(
-    model: nn.Module, data: list[Batch], options: dict[str, object]
+    model: nn.Module, data: list[Batch], options: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(CalibrationError, match="grid of at least 2"):
-        search(model, data, IMPORTANCE, **options)
+    with pytest.raises(CalibrationError, match=message):
+        search(model, data, IMPORTANCE, **({"targets": [0.5]} | options))
 
 
 def test_an_importance_of_another_model_is_refused(model: nn.Module, data: list[Batch]) -> None:
