@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,10 +63,13 @@ def load(
     from modes_fx import demo  # registers the processor that checkpoints of the demo's kind name
 
     if name == DEMO:
+        if device_map is not None:
+            raise ModelError(f"The embedded model goes to one device; it takes no device map, got {device_map!r}.")
         if processor_settings:
             raise ModelError(f"The embedded model's processor takes no settings, got {', '.join(processor_settings)}.")
         model, own = demo.load(torch.bfloat16 if dtype == "auto" else _dtype(dtype))
         return model, own if processor is None else processor
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
     model = _load_model(name, dtype, device_map, trust_remote_code)
     if processor is None:
         processor = _load_processor(name, trust_remote_code, sees_images, processor_settings or {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -107,7 +106,8 @@ def make_batches(
         samples: From ``load_samples``, or made by hand.
         processor: The model's own processor, or its tokenizer where no sample has an image.
         batch_size: Samples a batch.
-        shard: (rank, world): every world-th sample from the rank-th on, for one of several processes.
+        shard: (rank, world): every world-th batch from the rank-th on, for one of several processes. Any number of processes
+            so runs the very same batches: in bfloat16 a sample's numbers depend on what it is padded to.
         padding_side: "left" or "right"; None leaves it to the processor.
         dtype: Of floating-point arguments such as ``pixel_values``; None leaves them as they are.
         template_kwargs: Further variables of the chat template, such as ``{"enable_thinking": False}``.
@@ -125,13 +125,12 @@ def make_batches(
         raise CalibrationError(f"Needed: batch_size >= 1 and 0 <= rank < world; got {batch_size} and shard={shard}.")
     if padding_side not in (None, "left", "right"):
         raise CalibrationError(f'padding_side must be "left" or "right", got {padding_side!r}.')
-    rows = [_row(sample, processor, template_kwargs or {}) for sample in samples[rank::world]]
-    groups = []
+    groups: list[Sequence[Sample]] = []
     for has_images in (True, False):
-        alike = [row for row in rows if bool(row.sample.images) == has_images]
-        size = math.ceil(len(alike) / batch_size)
-        groups += [alike[index * batch_size : (index + 1) * batch_size] for index in range(size)]
-    return Batches(groups, processor, padding_side, dtype)
+        alike = [sample for sample in samples if bool(sample.images) == has_images]
+        groups += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
+    rows = [[_row(sample, processor, template_kwargs or {}) for sample in group] for group in groups[rank::world]]
+    return Batches(rows, processor, padding_side, dtype)
 
 
 def _row(sample: Sample, processor: Any, template_kwargs: Mapping[str, Any]) -> _Row:

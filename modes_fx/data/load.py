@@ -126,7 +126,7 @@ def load_samples(
     if not kept or len(rows) - len(kept) > max_bad * len(rows):
         raise CalibrationError(
             f"Too little of the calibration data can be used: {report}. Repair the source, check its format (--data-format) "
-            f"or allow a larger share of unusable samples than max_bad={max_bad:g}."
+            f"or allow a larger share of unusable samples (--max-bad, max_bad) than {max_bad:g}."
         )
     _log.log(logging.WARNING if bad else logging.INFO, "%s", report)
     return Samples(kept, report)

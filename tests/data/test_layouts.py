@@ -235,3 +235,9 @@ def test_the_folder_of_a_jsonl_file_and_its_images_is_that_file(tmp_path: Path) 
     (tmp_path / "questions.jsonl").write_text('{"image": "cat.png", "question": "What is it?", "answer": "a cat"}\n')
     (sample,) = load_samples(tmp_path)
     assert (sample.question, sample.answer, len(sample.open_images())) == ("What is it?", "a cat", 1)
+
+
+def test_separators_inside_of_strings_are_no_ends_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"question": "one\u2028two", "answer": "a"}\n\n{"question": "q", "answer": "b"}\n')
+    first, second = load_samples(tmp_path / "data.jsonl")
+    assert (first.question, first.id, second.id) == ("one\u2028two", "1", "3")

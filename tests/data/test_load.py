@@ -61,7 +61,9 @@ def test_what_cannot_be_used_is_left_out_counted_and_reported(tmp_path: Path, ca
 
 def test_too_many_of_them_are_refused(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "faults.jsonl", rows_with_faults(tmp_path))
-    with pytest.raises(CalibrationError, match=r"6 samples of 10 chosen .* 2 x unreadable image.*larger share .* max_bad=0.3"):
+    with pytest.raises(
+        CalibrationError, match=r"6 samples of 10 chosen .* 2 x unreadable image.*larger share .* max_bad\) than 0.3"
+    ):
         load_samples(source, max_bad=0.3)
 
 

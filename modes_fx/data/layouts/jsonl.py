@@ -35,13 +35,13 @@ def _read(source: Path, split: str | None, frames: int) -> Records:
     if split is not None:
         raise CalibrationError(f"A JSONL file has no splits, but split {split!r} was asked for.")
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_text(encoding="utf-8").split("\n")  # splitlines() also splits inside of strings
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"Cannot read {source}: {error}") from error
-    rows = [_parse(line, source, number) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = [(str(number), _parse(line, source, number)) for number, line in enumerate(lines, 1) if line.strip()]
 
     def read(chosen: Sequence[int]) -> Iterable[Sample]:
-        return (_sample(rows[index], source.parent, str(index + 1)) for index in chosen)
+        return (_sample(row, source.parent, name) for name, row in (rows[index] for index in chosen))
 
     return Records(len(rows), read)
 
