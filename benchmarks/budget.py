@@ -25,9 +25,9 @@ from tabulate import tabulate
 
 import modes_fx
 from modes_fx.calib import Objective, layer_importance, search
-from modes_fx.demo import load, make_samples
+from modes_fx.demo import load, make_batches, make_samples
 from modes_fx.demo.data import IGNORED, Sample
-from modes_fx.demo.run import Size, _batches
+from modes_fx.demo.run import Size
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import SkipPlan
 
@@ -62,7 +62,7 @@ def _plan(model: Any, processor: Any, targets: Sequence[float], path: Path | Non
     if path is not None and path.exists():
         return SkipPlan.load(path)
     size = Size()
-    calibration = _batches(make_samples("calibration", size.calibration_images), processor)
+    calibration = make_batches("calibration", size.calibration_images, processor)
     plan = search(model, calibration, layer_importance(model, calibration), targets, grid_size=size.grid_size)
     if path is not None:
         plan.save(path)

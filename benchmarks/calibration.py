@@ -23,7 +23,7 @@ from torch import Tensor
 
 import modes_fx
 from modes_fx.calib import layer_importance, search
-from modes_fx.demo import collate, load, make_samples
+from modes_fx.demo import load, make_batches
 from modes_fx.demo.timing import cpu_name
 from modes_fx.files import write_atomically
 
@@ -34,7 +34,7 @@ METHODS = ("naive", "resumed", "estimate")
 def alpha(options: argparse.Namespace) -> list[Row]:
     """Return one row for each method of ``layer_importance``."""
     model, processor = load(getattr(torch, options.dtype))
-    batches, held_out = (batched(split, options.images, processor) for split in ("calibration", "validation"))
+    batches, held_out = (make_batches(split, options.images, processor) for split in ("calibration", "validation"))
     targets = [float(item) for item in options.targets.split(",") if item]
     modes_fx.optimize(model)
     layer_importance(model, batches[:1], "paper", method="naive")  # compiles
@@ -52,12 +52,6 @@ def alpha(options: argparse.Namespace) -> list[Row]:
             row |= {f"KL at {point.target:.1%}": point.kl["held_out"] for point in plan.points}
         rows.append(row)
     return rows
-
-
-def batched(split: str, images: int, processor: Any, size: int = 32) -> list[dict[str, Any]]:
-    """Return batches of the demo's data, with 8 questions an image."""
-    samples = make_samples(split, images)
-    return [collate(samples[start : start + size], processor) for start in range(0, len(samples), size)]
 
 
 def spearman(values: Tensor, others: Tensor) -> float:

@@ -23,7 +23,7 @@ from modes_fx.calib import FrontierResult, Importance, Objective, frontier_searc
 from modes_fx.calib.objective import optimized
 from modes_fx.calib.search import predicted_ratio, score_grid
 from modes_fx.calib.trials import thresholds
-from modes_fx.demo import collate, load, make_samples
+from modes_fx.demo import load, make_batches
 
 Row = dict[str, Any]
 Function = Callable[[int, int], float]  # of the indices of a text and of a vision threshold
@@ -125,7 +125,7 @@ class Measured:
     def __init__(self, options: argparse.Namespace, size: int) -> None:
         """Load, calibrate and compile the model."""
         self._model, processor = load(getattr(torch, options.dtype))
-        batches = _batches(processor, options.search_images)
+        batches = make_batches("calibration", options.search_images, processor, 8)
         self._region = optimized(self._model)
         self._region.__enter__()
         self.importance = layer_importance(self._model, batches)
@@ -189,7 +189,7 @@ def _process(rank: int, world: int, folder: str, options: argparse.Namespace) ->
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     model, processor = load(getattr(torch, options.dtype))
-    batches = _batches(processor, options.search_images)[rank::world]
+    batches = make_batches("calibration", options.search_images, processor, 8)[rank::world]
     with optimized(model):
         importance: Importance = layer_importance(model, batches)
         plan = search(model, batches, importance, TARGETS, gammas=(GAMMA,), grid_size=8)
@@ -205,8 +205,3 @@ def _process(rank: int, world: int, folder: str, options: argparse.Namespace) ->
     if rank == 0:
         torch.save(row, Path(folder) / "row.pt")
     dist.destroy_process_group()
-
-
-def _batches(processor: Any, images: int, size: int = 8) -> list[dict[str, Any]]:
-    samples = make_samples("calibration", images)
-    return [collate(samples[start : start + size], processor) for start in range(0, len(samples), size)]

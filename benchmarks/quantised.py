@@ -24,7 +24,7 @@ from transformers.utils import logging
 import modes_fx
 from modes_fx.calib import layer_importance, search
 from modes_fx.calib.objective import Answers, divergence
-from modes_fx.demo import collate, load, make_samples
+from modes_fx.demo import collate, load, make_batches, make_samples
 from modes_fx.demo.run import TARGETS
 from modes_fx.demo.timing import cpu_name
 from modes_fx.files import write_atomically
@@ -45,8 +45,7 @@ def build(bits: int) -> nn.Module:
 
 def batches(split: str, images: int) -> list[dict[str, Any]]:
     """Return questions with their answers."""
-    samples, processor = make_samples(split, images), load()[1]
-    return [collate(samples[start : start + BATCH], processor) for start in range(0, len(samples), BATCH)]
+    return make_batches(split, images, load()[1], BATCH)
 
 
 def find_plan(images: int) -> modes_fx.SkipPlan:

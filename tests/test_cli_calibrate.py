@@ -13,9 +13,7 @@ from typer.testing import CliRunner
 
 from modes_fx import cli
 from modes_fx.calib.importance_file import ImportanceFile
-from modes_fx.cli.model import share
 from modes_fx.cli.search import seconds
-from modes_fx.data import Sample
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from modes_fx.plan import SkipPlan
@@ -143,15 +141,6 @@ def test_two_launched_processes_write_the_plan_of_one(folder: Path) -> None:
         assert two.point(target).kl["calibration"] == pytest.approx(one.point(target).kl["calibration"], rel=1e-6)
 
 
-def test_processes_share_whole_batches_of_samples_alike() -> None:
-    image = make_samples("calibration", 1)[0].image
-    samples = [Sample(str(index), "q", "a", (image,) if index % 3 else ()) for index in range(20)]
-    assert share(samples, 4, 0, 1) == [*(s for s in samples if s.images), *(s for s in samples if not s.images)]
-    shares = [share(samples, 4, rank, 3) for rank in range(3)]
-    assert sorted(s.id for mine in shares for s in mine) == sorted(s.id for s in samples)
-    assert share(samples[:2], 4, 2, 3) == []
-
-
 @pytest.mark.parametrize(("text", "value"), [("90", 90), ("90s", 90), ("10m", 600), ("1.5h", 5400)])
 def test_a_time_is_read_with_its_unit(text: str, value: float) -> None:
     assert seconds(text) == value
@@ -200,3 +189,29 @@ def test_a_model_that_cannot_be_loaded_is_named(
     with pytest.raises(ModelError, match=match):
         run("search", model, *files(folder, "none.json"), *options)
     assert not (folder / "none.json").exists()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "search"])
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(folder: Path, command: str) -> None:
+    result = run(command, CHECKPOINT, "--data", folder / "nothing", "--out", folder)
+    assert result.exit_code == 2
+    assert result.output.split("directory")[0].rstrip(" │\n").endswith("is a")  # wrapped in a box as wide as the terminal
+
+
+def test_the_user_sets_the_share_of_bad_samples(folder: Path, tmp_path: Path) -> None:
+    rows = (folder / "data.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "data.jsonl").write_text("\n".join([*rows, '{"image": "none.png", "question": "q", "answer": "a"}']) + "\n")
+    for image in folder.glob("*.png"):
+        (tmp_path / image.name).write_bytes(image.read_bytes())
+    with pytest.raises(CalibrationError, match=r"--max-bad.* than 0\.2"):
+        run("calibrate", CHECKPOINT, "--data", tmp_path, "--max-bad", "0.2", "--out", tmp_path / "importance.json")
+    with pytest.raises(CalibrationError, match="Unknown method"):  # the data are taken: the next thing is refused
+        run("calibrate", CHECKPOINT, "--data", tmp_path, "--max-bad", "0.3", "--method", "none", "--out", tmp_path / "i.json")
+
+
+def test_an_importance_of_impossible_numbers_is_refused(folder: Path, tmp_path: Path) -> None:
+    content = json.loads((folder / "alpha.json").read_text())
+    content["importance"]["alpha"][0][0] = -0.5
+    (tmp_path / "importance.json").write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match=r"finite numbers >= 0 a layer, got \(-0\.5"):
+        ImportanceFile.load(tmp_path / "importance.json")

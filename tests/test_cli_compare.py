@@ -18,7 +18,7 @@ SMALL = ("--grid-size", "3", "--targets", "0.5", "0.9", "--rules", "naee_top2", 
 
 @pytest.fixture(autouse=True)
 def _little_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "_DEMO_IMAGES", (1, 1))
+    monkeypatch.setattr(compare, "_DEMO_DATA", {"calibration": 1, "test": 1})
     monkeypatch.setenv("COLUMNS", "120")
 
 

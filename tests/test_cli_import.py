@@ -32,7 +32,7 @@ def test_files_of_the_reference_become_a_plan_for_the_model(tmp_path: Path, file
 
 
 def test_what_cannot_be_read_is_named_and_writes_nothing(tmp_path: Path, files: tuple[object, ...]) -> None:
-    with pytest.raises(ModelError, match=r"config of .*none"):
+    with pytest.raises(ModelError, match=r"none"):
         run("import-reference", tmp_path / "none", *files)
     (tmp_path / "tau.pt").write_bytes(b"?")
     with pytest.raises(PlanError, match=r"tau\.pt"):

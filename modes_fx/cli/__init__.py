@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from modes_fx.cli import calibrate, compare, demo, import_reference, inspect, search
+from modes_fx.cli import calibrate, compare, demo, import_reference, inspect, search, shared
 from modes_fx.cli.terminal import console
 from modes_fx.errors import ModesFxError
 
@@ -36,8 +36,8 @@ def modes_fx(
 app.command()(demo.demo)
 app.command()(inspect.inspect)
 app.command()(calibrate.calibrate)
-app.command(cls=search.SearchCommand)(search.search)
-app.command(cls=search.SearchCommand)(compare.compare)
+app.command(cls=shared.SeveralValues)(search.search)
+app.command(cls=shared.SeveralValues)(compare.compare)
 app.command("import-reference")(import_reference.import_reference)
 
 

@@ -9,43 +9,30 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from modes_fx.cli.model import (
-    BatchSizeOption,
-    DataOption,
-    DeviceMapOption,
-    DtypeOption,
-    FormatOption,
-    JournalOption,
-    ModelArgument,
-    SamplesOption,
-    SeedOption,
-    Source,
-    SplitOption,
-    TrustOption,
-    load_batches,
-    load_model,
-    session,
-)
+from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 
 
 def calibrate(
-    model: ModelArgument,
-    data: DataOption,
-    out: Annotated[Path, typer.Option(help="JSON file for the importance of each layer.")] = Path("importance.json"),
-    data_format: FormatOption = None,
-    split: SplitOption = None,
-    samples: SamplesOption = 1024,
-    seed: SeedOption = 0,
-    batch_size: BatchSizeOption = 8,
+    model: shared.ModelArgument,
+    data: shared.DataOption,
+    out: Annotated[
+        Path, typer.Option(dir_okay=False, writable=True, help="JSON file for the importance of each layer.")
+    ] = Path("importance.json"),
+    data_format: shared.FormatOption = None,
+    split: shared.SplitOption = None,
+    samples: shared.SamplesOption = 1024,
+    max_bad: shared.MaxBadOption = 0.05,
+    seed: shared.SeedOption = 0,
+    batch_size: shared.BatchSizeOption = 8,
     mode: Annotated[
         str, typer.Option(help="reference: skip a layer for one modality at a time; paper: for all tokens.")
     ] = "reference",
     method: Annotated[str, typer.Option(help="resumed, naive or estimate.")] = "resumed",
-    journal: JournalOption = None,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceMapOption = None,
-    trust_remote_code: TrustOption = False,
+    journal: shared.JournalOption = None,
+    dtype: shared.DtypeOption = "auto",
+    device_map: shared.DeviceMapOption = None,
+    trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Measure how much each MoE layer matters, for text and for visual tokens: the importance that search needs."""
     from modes_fx.calib.importance import Method, Mode
@@ -53,10 +40,10 @@ def calibrate(
     from modes_fx.calib.importance_journal import resumable_importance
     from modes_fx.calib.trials import data_hash
 
-    with session() as bars:
-        network, processor = load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-        source = Source(data, data_format, split, samples, seed)
-        batches = load_batches(network, processor, source, batch_size)
+    with shared.session() as bars:
+        network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        source = shared.Source(data, data_format, split, samples, seed, max_bad)
+        batches = shared.load_batches(network, processor, source, batch_size)
         importance = resumable_importance(
             network, batches, cast(Mode, mode), cast(Method, method), journal=journal,
             on_step=lambda done, total: bars("importance of each layer", done, total),

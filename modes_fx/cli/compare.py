@@ -10,28 +10,16 @@ import typer
 from rich.box import SIMPLE
 from rich.table import Table
 
-from modes_fx.cli.model import (
-    BatchSizeOption,
-    DeviceMapOption,
-    DtypeOption,
-    FormatOption,
-    SamplesOption,
-    SeedOption,
-    Source,
-    SplitOption,
-    TrustOption,
-    load_batches,
-    load_model,
-    session,
-)
+from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 from modes_fx.errors import CalibrationError, ModelError
+from modes_fx.loading import DEMO
 
 if TYPE_CHECKING:
+    from modes_fx.calib.objective import Batch
     from modes_fx.compare import Row
 
-DEMO = "demo"
-_DEMO_IMAGES = 12, 64  # calibration, test; 8 questions each
+_DEMO_DATA = {"calibration": 12, "test": 64}  # images of each split; 8 questions each
 
 
 def compare(
@@ -48,20 +36,23 @@ def compare(
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
     rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.csv.")] = Path("out/compare"),
+    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for compare.json and compare.csv.")] = Path(
+        "out/compare"
+    ),
     importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality, where pairs are searched.")] = 24,
     tolerance: Annotated[float, typer.Option(min=0.0, help="How far above its target a skip ratio may be.")] = 0.005,
     speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding against stock.")] = False,
-    data_format: FormatOption = None,
-    split: SplitOption = None,
-    samples: SamplesOption = 1024,
+    data_format: shared.FormatOption = None,
+    split: shared.SplitOption = None,
+    samples: shared.SamplesOption = 1024,
+    max_bad: shared.MaxBadOption = 0.05,
     test_samples: Annotated[int, typer.Option(min=1, help="Samples to draw from the test data.")] = 1024,
-    seed: SeedOption = 0,
-    batch_size: BatchSizeOption = 8,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceMapOption = None,
-    trust_remote_code: TrustOption = False,
+    seed: shared.SeedOption = 0,
+    batch_size: shared.BatchSizeOption = 8,
+    dtype: shared.DtypeOption = "auto",
+    device_map: shared.DeviceMapOption = None,
+    trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Compare skipping rules at equal skip ratios: each tuned on one set of data, measured on another."""
     from modes_fx.calib.importance import Mode
@@ -69,30 +60,37 @@ def compare(
     from modes_fx.compare import CONTENDERS, Comparison
     from modes_fx.compare import compare as run
     from modes_fx.compare.output import mean_rows, write
-    from modes_fx.demo import CHECKPOINT
+    from modes_fx.demo import make_batches
 
     built_in = data == DEMO or (data is None and DEMO in models)
     if not built_in and (data is None or test_data is None):
         raise CalibrationError("A comparison needs --data to tune on and --test-data to measure on (or MODEL demo).")
+    ignored = {"--test-data": test_data, "--test-split": test_split, "--split": split, "--data-format": data_format}
+    if built_in and (named := [name for name, value in ignored.items() if value is not None]):
+        raise CalibrationError(f"{', '.join(named)} would be ignored: the demo's built-in data are used. Pass --data too.")
     if len(set(models)) < len(models):
         raise ModelError(f"{', '.join(models)}: a model is given twice. Name each once.")
+    sources = (
+        shared.Source(Path(str(data)), data_format, split, samples, seed, max_bad),
+        shared.Source(cast(Path, test_data), data_format, test_split, test_samples, seed, max_bad),
+    )
     found: dict[str, Comparison] = {}
     hashes: dict[str, str] = {}
     kinds = set()
-    with session() as bars:
+    with shared.session() as bars:
         for name in models:
-            folder = str(CHECKPOINT) if name == DEMO else name
-            network, processor = load_model(folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+            network, processor = shared.load_model(
+                name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+            )
             kinds.add(_kind(network))
             if len(kinds) > 1:
                 raise ModelError(f"{name} is of another architecture than {models[0]}: they have no mean.")
+            tune: Sequence[Batch]
+            test: Sequence[Batch]
             if built_in:
-                parts = zip(("calibration", "test"), _DEMO_IMAGES, strict=True)
-                tune, test = (_demo_batches(part, images, processor, batch_size, seed) for part, images in parts)
+                tune, test = (make_batches(part, n, processor, batch_size, seed) for part, n in _DEMO_DATA.items())
             else:
-                tuning = Source(Path(str(data)), data_format, split, samples, seed)
-                measuring = Source(cast(Path, test_data), data_format, test_split, test_samples, seed)
-                tune, test = (load_batches(network, processor, source, batch_size) for source in (tuning, measuring))
+                tune, test = (shared.load_batches(network, processor, source, batch_size) for source in sources)
             hashes = {"calibration": data_hash(tune), "test": data_hash(test)}
             found[name] = run(
                 network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
@@ -111,13 +109,6 @@ def _kind(network: Any) -> tuple[str, str]:
     from modes_fx.plan import config_hash
 
     return type(network).__name__, config_hash(network.config)
-
-
-def _demo_batches(split: str, images: int, processor: Any, batch_size: int, seed: int) -> list[Any]:
-    from modes_fx.demo import collate, make_samples
-
-    samples = make_samples(split, images, seed=seed)
-    return [collate(samples[start : start + batch_size], processor) for start in range(0, len(samples), batch_size)]
 
 
 def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:

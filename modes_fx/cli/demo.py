@@ -13,7 +13,9 @@ from modes_fx.cli.terminal import Bars, be_quiet, console
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the plan, the report and the plots.")] = Path("out/demo"),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, writable=True, help="Folder for the plan, the report and the plots.")
+    ] = Path("out/demo"),
     checkpoint: Annotated[
         Path | None, typer.Option(help="Another checkpoint of the demo's kind; none takes the embedded one.")
     ] = None,

@@ -7,31 +7,26 @@ from typing import Annotated
 
 import typer
 
-from modes_fx.cli.model import ModelArgument, TrustOption
+from modes_fx.cli import shared
 from modes_fx.cli.terminal import be_quiet, console
-from modes_fx.errors import ModelError
 
 
 def import_reference(
-    model: ModelArgument,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a config.json, or the id of a hub model.")],
     importance: Annotated[Path, typer.Option(help="The reference's importance of each layer: torch.save or pickle.")],
     tau: Annotated[Path, typer.Option(help="The reference's thresholds: torch.save or pickle.")],
-    out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option(dir_okay=False, writable=True, help="File for the plan.")] = Path("plan.json"),
     normalized_on_load: Annotated[
         bool, typer.Option("--normalized-on-load", help="The thresholds are meant for importances made to sum to 1.")
     ] = False,
-    trust_remote_code: TrustOption = False,
+    trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Make a plan of the files of MoDES's reference implementation; nothing in them is run."""
-    from transformers import AutoConfig
-
     from modes_fx.calib.reference import import_reference as convert
+    from modes_fx.meta_model import read_config
 
     be_quiet()
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot read the config of {model}: {error}") from error
+    config = read_config(model, trust_remote_code=trust_remote_code)
     plan = convert(importance, tau, config, normalized_on_load=normalized_on_load)
     plan.save(out)
     facts = plan.provenance

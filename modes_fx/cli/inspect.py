@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from modes_fx.cli import shared
 from modes_fx.cli.terminal import be_quiet, console
 from modes_fx.errors import ModesFxError
 from modes_fx.inspection import HEADINGS, JSON_SCHEMA, Inspection
@@ -28,9 +29,7 @@ def inspect(
     device: Annotated[str, typer.Option(help="Where the model is meant to run: cpu or cuda.")] = "cpu",
     each: Annotated[bool, typer.Option("--all", help="One row for each layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Say which routing sites of a model would be rewritten, and why not the others; exit 1 if none would."""
     be_quiet()

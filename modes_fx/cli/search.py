@@ -8,59 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 from rich.box import SIMPLE
 from rich.table import Table
 
-from modes_fx.cli.model import (
-    BatchSizeOption,
-    DataOption,
-    DeviceMapOption,
-    DtypeOption,
-    FormatOption,
-    JournalOption,
-    ModelArgument,
-    SamplesOption,
-    SeedOption,
-    Source,
-    SplitOption,
-    TrustOption,
-    load_batches,
-    load_model,
-    session,
-)
+from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
-
-
-class SearchCommand(typer.core.TyperCommand):
-    """Takes several numbers after one ``--targets`` or ``--gammas``, several names after one ``--rules``."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values, as click wants it."""
-        spelled: list[str] = []
-        option = ""
-        for arg in args:
-            if option and spelled[-1] != option and _SEVERAL[option](arg):
-                spelled.append(option)
-            elif arg in _SEVERAL:
-                option = arg
-            elif not (option and spelled[-1] == option):
-                option = ""
-            spelled.append(arg)
-        return super().parse_args(ctx, spelled)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d*\.?\d+", text) is not None
-
-
-def _is_name(text: str) -> bool:
-    return not text.startswith("-")
-
-
-_SEVERAL = {"--targets": _is_number, "--gammas": _is_number, "--rules": _is_name}
 
 
 def seconds(text: str) -> float:
@@ -72,43 +26,46 @@ def seconds(text: str) -> float:
 
 
 def search(
-    model: ModelArgument,
-    data: DataOption,
+    model: shared.ModelArgument,
+    data: shared.DataOption,
     importance: Annotated[Path, typer.Option(help="What `modes-fx calibrate` wrote.")] = Path("importance.json"),
-    out: Annotated[Path, typer.Option(help="File for the plan.")] = Path("plan.json"),
+    out: Annotated[Path, typer.Option(dir_okay=False, writable=True, help="File for the plan.")] = Path("plan.json"),
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.75, 0.875],  # noqa: B006
     gammas: Annotated[list[float], typer.Option(help="Exponents of the importance to try.")] = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality.")] = 24,
     held_out: Annotated[Path | None, typer.Option(help="Other data, to measure each chosen point on.")] = None,
     held_out_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
-    journal: JournalOption = None,
+    journal: shared.JournalOption = None,
     time_budget: Annotated[
         float | None,
         typer.Option(parser=seconds, metavar="TIME", help="Take the best found after so long: seconds, 10m or 2h."),
     ] = None,
-    data_format: FormatOption = None,
-    split: SplitOption = None,
-    samples: SamplesOption = 1024,
-    seed: SeedOption = 0,
-    batch_size: BatchSizeOption = 8,
-    dtype: DtypeOption = "auto",
-    device_map: DeviceMapOption = None,
-    trust_remote_code: TrustOption = False,
+    data_format: shared.FormatOption = None,
+    split: shared.SplitOption = None,
+    samples: shared.SamplesOption = 1024,
+    max_bad: shared.MaxBadOption = 0.05,
+    seed: shared.SeedOption = 0,
+    batch_size: shared.BatchSizeOption = 8,
+    dtype: shared.DtypeOption = "auto",
+    device_map: shared.DeviceMapOption = None,
+    trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Find, for each target skip ratio, the thresholds that change the model's answers least; write them as a plan."""
     from modes_fx.calib import processes
     from modes_fx.calib import search as find
     from modes_fx.calib.importance_file import ImportanceFile
 
-    with session() as bars:
+    with shared.session() as bars:
         known = processes.together(lambda: ImportanceFile.load(importance))
-        network, processor = load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         known.check_model(network)
-        batches = load_batches(network, processor, Source(data, data_format, split, samples, seed), batch_size)
+        batches = shared.load_batches(
+            network, processor, shared.Source(data, data_format, split, samples, seed, max_bad), batch_size
+        )
         fresh = None
         if held_out is not None:
-            source = Source(held_out, data_format, held_out_split, samples, seed)
-            fresh = load_batches(network, processor, source, batch_size)
+            source = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
+            fresh = shared.load_batches(network, processor, source, batch_size)
         plan = find(
             network, batches, known.importance, targets, gammas=gammas, grid_size=grid_size, held_out=fresh,
             journal=journal, time_budget=time_budget,

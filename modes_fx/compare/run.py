@@ -88,7 +88,7 @@ def compare(
     """
     chosen = {name: contender(name) for name in dict.fromkeys(rules)}
     if processes.world() > 1:
-        raise CalibrationError("A comparison runs on one process. Start it without accelerate launch.")
+        raise CalibrationError("A comparison runs as one process. Start it without torchrun or accelerate launch.")
     if is_optimized(model):
         raise CalibrationError("The model is optimised already. Call modes_fx.restore(model) first.")
     if not chosen or not targets or not all(0 <= target <= 1 for target in targets):

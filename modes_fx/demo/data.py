@@ -119,6 +119,22 @@ def collate(
     return inputs
 
 
+def make_batches(
+    split: str, n_images: int, processor: ProcessorMixin, batch_size: int = 32, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Make samples of one split, 8 questions an image, and collate them: what calibration and search take.
+
+    Args:
+        split: see `make_samples`.
+        n_images: canvases to draw.
+        processor: see `collate`.
+        batch_size: samples in each batch but the last.
+        seed: another seed gives other canvases.
+    """
+    samples = make_samples(split, n_images, seed)
+    return [collate(samples[start : start + batch_size], processor) for start in range(0, len(samples), batch_size)]
+
+
 def _label(input_ids_BS: Tensor, attention_mask_BS: Tensor, lengths: list[int]) -> Tensor:
     """Labels on the last `lengths[b]` tokens of each row that are not padding."""
     length_B1 = torch.tensor(lengths).unsqueeze(1)

@@ -14,7 +14,7 @@ from torch import nn
 
 import modes_fx
 from modes_fx.calib import Objective, Trial, layer_importance, search
-from modes_fx.demo.data import Sample, collate, make_samples
+from modes_fx.demo.data import collate, make_batches, make_samples
 from modes_fx.demo.page import write_page
 from modes_fx.demo.plots import save_plots
 from modes_fx.demo.timing import time_settings
@@ -23,7 +23,6 @@ from modes_fx.optimize import optimize, report, restore
 from modes_fx.plan import SkipPlan
 
 TARGETS = (0.5, 0.75, 0.875)
-_BATCH = 32
 
 
 class Progress(Protocol):
@@ -71,7 +70,7 @@ def run_demo(
     model, processor = load()
 
     def batches(split: str, images: int) -> list[dict[str, Any]]:
-        return _batches(make_samples(split, images), processor)
+        return make_batches(split, images, processor)
 
     calibration, test = batches("calibration", size.calibration_images), batches("test", size.test_images)
     optimize(model)
@@ -175,10 +174,6 @@ def _evaluate_reduce_k(model: nn.Module, test: list[dict[str, Any]], progress: P
         rows.append({"k": k, "ratio": measured.skip_ratio, "kl": measured.kl, "accuracy": measured.accuracy})
         progress("evaluate Reduce-k", done + 1, len(chosen))
     return rows
-
-
-def _batches(samples: Sequence[Sample], processor: Any) -> list[dict[str, Any]]:
-    return [collate(samples[start : start + _BATCH], processor) for start in range(0, len(samples), _BATCH)]
 
 
 def _flat(trial: Trial) -> dict[str, float]:

@@ -1,14 +1,16 @@
-"""What ``calibrate`` and ``search`` share: their options, the model with its processor, and its batches of data."""
+"""What the commands share: options, the model with its processor, and its batches of data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from modes_fx.cli.terminal import Bars, be_quiet, console
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from modes_fx.calib.objective import Batch
-    from modes_fx.data import Sample, Samples
+    from modes_fx.data import Samples
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, the id of a hub model, or `demo`.")]
 DataOption = Annotated[Path, typer.Option("--data", help="File or folder with questions, images and answers.")]
@@ -25,6 +27,7 @@ FormatOption = Annotated[
 ]
 SplitOption = Annotated[str | None, typer.Option(help="Split of the data, where it holds several.")]
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Samples to draw from the data.")]
+MaxBadOption = Annotated[float, typer.Option(min=0, max=1, help="Share of unusable samples above which the data are refused.")]
 SeedOption = Annotated[int, typer.Option(help="Another seed draws other samples.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples in a batch, on each process.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the weights, such as bfloat16; auto takes the checkpoint's.")]
@@ -34,8 +37,40 @@ DeviceMapOption = Annotated[
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 JournalOption = Annotated[
-    Path | None, typer.Option(help="File to keep each measurement in; a run that was cut off goes on from it.")
+    Path | None,
+    typer.Option(
+        dir_okay=False, writable=True, help="File to keep each measurement in; a run that was cut off goes on from it."
+    ),
 ]
+
+
+class SeveralValues(typer.core.TyperCommand):
+    """Takes several numbers after one ``--targets`` or ``--gammas``, several names after one ``--rules``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat the option before each of its values, as click wants it."""
+        spelled: list[str] = []
+        option = ""
+        for arg in args:
+            if option and spelled[-1] != option and _SEVERAL[option](arg):
+                spelled.append(option)
+            elif arg in _SEVERAL:
+                option = arg
+            elif not (option and spelled[-1] == option):
+                option = ""
+            spelled.append(arg)
+        return super().parse_args(ctx, spelled)
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d*\.?\d+", text) is not None
+
+
+def _is_name(text: str) -> bool:
+    return not text.startswith("-")
+
+
+_SEVERAL = {"--targets": _is_number, "--gammas": _is_number, "--rules": _is_name}
 
 
 @dataclass(frozen=True)
@@ -48,6 +83,7 @@ class Source:
         split: One of its splits, or None.
         samples: How many to draw.
         seed: Of the draw.
+        max_bad: Share of them that may be unusable.
     """
 
     path: Path
@@ -55,6 +91,7 @@ class Source:
     split: str | None
     samples: int
     seed: int
+    max_bad: float
 
     def load(self) -> Samples:
         """Draw the samples.
@@ -64,12 +101,14 @@ class Source:
         """
         from modes_fx.data import load_samples
 
-        return load_samples(self.path, limit=self.samples, seed=self.seed, format=self.format, split=self.split)
+        return load_samples(
+            self.path, limit=self.samples, seed=self.seed, format=self.format, split=self.split, max_bad=self.max_bad
+        )
 
 
 @contextmanager
 def session() -> Iterator[Bars]:
-    """Join the processes of ``accelerate launch``, if any, and let the main one alone show progress and results."""
+    """Join the processes of ``torchrun`` or ``accelerate launch``, if any; the main one alone shows progress and results."""
     from modes_fx.calib import processes
 
     be_quiet()
@@ -111,22 +150,5 @@ def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: i
     processes_used = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
     console.print(f"{samples.report}{processes_used}", highlight=False, markup=False)
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
-    mine = share(samples, batch_size, processes.rank(), processes.world())
-    return processes.together(lambda: list(make_batches(mine, processor, batch_size, dtype=dtype)))
-
-
-def share(samples: Sequence[Sample], batch_size: int, rank: int, world: int) -> list[Sample]:
-    """Return one process's samples: those of every world-th batch.
-
-    Whole batches are dealt out, so that any number of processes runs the very same ones: in bfloat16 a sample's numbers depend
-    on what it is padded to.
-    """
-    chosen: list[Sample] = []
-    dealt = 0
-    for has_images in (True, False):  # which make_batches keeps apart
-        alike = [sample for sample in samples if bool(sample.images) == has_images]
-        for start in range(0, len(alike), batch_size):
-            if dealt % world == rank:
-                chosen += alike[start : start + batch_size]
-            dealt += 1
-    return chosen
+    shard = processes.rank(), processes.world()
+    return processes.together(lambda: list(make_batches(samples, processor, batch_size, shard=shard, dtype=dtype)))
