@@ -105,7 +105,9 @@ def optimize(
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
         ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it or MoE blocks have to be converted.
-        ModesFxError: An unknown region, dispatch or mode. The model is left as it was in every case.
+        ModesFxError: An unknown region, dispatch or mode.
+
+    In every case the model is left as it was, but for one that was optimised before: that may be left restored.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}.")
@@ -115,6 +117,7 @@ def optimize(
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))
+    _check_hooks(layers, region)
     plan, bounds = _resolve(model, plan, target, decode_target, len(layers))
     _check_compiler()
     if is_optimized(model):
@@ -206,7 +209,6 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
     state = _Optimized(model, layers, region, rule)
     try:
         state.experts_before = _name_implementation(layers)
-        _check_hooks(layers, region)
         _convert(state)
         state.rejections |= support_quantised(layers)
         state.layers, state.rejections = probe(state.layers, state.runtime, dispatch, state.rejections)
@@ -270,7 +272,7 @@ def no_moe_layer(model: nn.Module) -> str:
     named = [f"{name} {number}" for name, number in experts.items() if isinstance(number, int) and number > 1]
     why = f"its config names {named[0]}, but they are dispatched another way" if named else "there is nothing to skip"
     interface = "transformers' experts interface (transformers.integrations.moe)"
-    return f"{type(model).__name__} has no MoE layer that uses {interface}: {why}."
+    return f"{type(model).__name__} has no MoE layer that uses {interface} or is converted to it: {why}."
 
 
 def _no_site(state: _Optimized) -> NoRoutingSiteError:

@@ -76,9 +76,14 @@ class ModelRuntime:
 
     def set_tables(self, tables: Sequence[Tensor] | None) -> None:
         """Put other tables of the rule in force, float32, one a layer; compiles nothing. None: zeros."""
-        self._tables = None if tables is None else tuple(tables)
-        for (layer, _), on_device in self._tables_on_device.items():
-            on_device.copy_(self._table(layer, tuple(on_device.shape)))
+        before, self._tables = self._tables, None if tables is None else tuple(tables)
+        try:
+            new = {key: self._table(key[0], tuple(old.shape)) for key, old in self._tables_on_device.items()}
+        except PlanError:
+            self._tables = before
+            raise
+        for key, table in new.items():
+            self._tables_on_device[key].copy_(table)
 
     def compiled(self, rewritten: Rewritten) -> None:
         """Take note of a graph that was compiled."""

@@ -72,6 +72,8 @@ class ModesFx(lmms):  # type: ignore[misc]
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ModesFxError("--model modes_fx runs as one process. Start it without torchrun or accelerate launch.")
         if (pretrained is None) == (model is None) or (model is not None and processor is None):
             raise ModesFxError("Pass either pretrained=, or model= and processor=.")
         if not optimize and (plan is not None or target is not None):
@@ -116,7 +118,7 @@ class ModesFx(lmms):  # type: ignore[misc]
         answers: dict[int, GenerationResult] = {}
         seconds = 0.0
         with measured(self.model) as ratios:
-            for chunk in tqdm(chunks, disable=self.rank != 0, desc="Model Responding"):
+            for chunk in tqdm(chunks, desc="Model Responding"):
                 results, taken = self._answer([requests[index] for index in chunk])
                 answers.update(zip(chunk, results, strict=True))
                 seconds += taken
@@ -174,4 +176,4 @@ class ModesFx(lmms):  # type: ignore[misc]
 
 
 def _default_device() -> str:
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
