@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
+from modes_fx.backend import SkipBackend, inductor_settings
 from modes_fx.budget import Budget, budget_of
 from modes_fx.convert.conversions import Conversions
-from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
+from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.experts import IMPLEMENTATION, left_in_a_copy
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch

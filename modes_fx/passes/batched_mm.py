@@ -92,6 +92,7 @@ def match(bmm: fx.Node) -> RoutingSite:
         body=tuple(node.name for node in body),
         weighted=weighted.name,
         combined=combined.name,
+        counting=(),
         scaffold=(repeated.name, view.name, combined.name),
         weight_inputs=weight_inputs(input_of(matrices)),
     )

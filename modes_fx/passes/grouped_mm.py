@@ -111,6 +111,7 @@ def match(histc: fx.Node) -> RoutingSite:
         body=tuple(node.name for node in body),
         weighted=weighted.name,
         combined=combined.name,
+        counting=tuple(node.name for node in in_order({histc, offsets, *counts})),
         scaffold=tuple(node.name for node in in_order({*order, *filling, *numbers, *lengths})),
         weight_inputs=weight_inputs(input_of(gemms[0], 1)),
     )

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from modes_fx.passes import batched_mm, compact, grouped_mm, static
+from modes_fx.passes import batched_mm, compact, grouped_mm, kept_gemms, static
 from modes_fx.passes.emit import fake_mode_of, under_fake
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
 from modes_fx.policies import KeepRule, table_shape, takes_table
@@ -132,12 +132,15 @@ def _rewrite_all(
     for index, site in enumerate(sites):
         hidden = node[site.hidden_TH].meta["example_value"]
         form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
+        why_not = kept_gemms.why_not(graph, site) if form == "compact" else "static dispatch"
+        rewrite = _REWRITES[form] if why_not else kept_gemms.rewrite
         try:
-            outputs.append(_REWRITES[form](graph, site, rule, *added[index]))
+            outputs.append(rewrite(graph, site, rule, *added[index]))
         except Reject as reason:
             raise _SiteRejectedError(site, reason) from reason
         sources = tuple(source_of(original[position[name]]) for name in site.weight_inputs)
-        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, site.top_k, site.num_experts)
+        sizes = (site.top_k, site.num_experts)
+        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, *sizes, why_not or "kernels")
         weight_inputs = tuple(position[name] for name in site.weight_inputs)
         bindings.append(Binding(record, weight_inputs, sources, site.top_k, _size_of(hidden.shape[0], original)))
     output = next(item for item in graph.nodes if item.op == "output")
