@@ -1,6 +1,7 @@
 """Near misses of the dispatch: each is refused with its code, and its graph stays as it was."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from modes_fx.passes import batched_mm
 from modes_fx.passes.walk import weight_inputs
 from tests import harness, oracle, tiny
 from tests.passes.conftest import Routing
@@ -336,6 +338,23 @@ def test_experts_whose_weights_are_no_inputs(stock: str) -> None:
         return STOCK[stock](x, ids, scores, torch.ones(EXPERTS, HIDDEN, 8), torch.ones(EXPERTS, 8, HIDDEN))
 
     assert refused(made_inside, *rest) == "NO_EXPERT_WEIGHTS"
+
+
+def test_a_number_of_tokens_that_depends_on_data(stock: str) -> None:
+    def picked(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, w2: Tensor) -> Any:
+        rows = (x[:, 0] > 0).nonzero().squeeze(1)
+        return STOCK[stock](x[rows], ids[rows], scores[rows], w1, w2)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert refused(picked, *inputs()) == "TOKENS_UNKNOWN"
+
+
+def test_matrices_picked_from_a_tuple_are_no_anchor() -> None:
+    graph = fx.Graph()
+    ids, w = graph.placeholder("ids"), graph.placeholder("w")
+    picked = graph.call_function(operator.getitem, ((w, w), ids))
+    graph.call_function(torch.bmm, (picked, w))
+    assert list(batched_mm.find(graph)) == []
 
 
 def test_weights_whose_parts_share_their_source_name_it_once() -> None:
