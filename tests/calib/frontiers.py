@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from modes_fx.calib.frontier import FrontierResult, frontier_search
 
 Table = list[list[float]]  # [text index][vision index]
-FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+FAST = settings(max_examples=40)
 
 
 def taus(count: int) -> list[float]:

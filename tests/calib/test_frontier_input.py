@@ -12,7 +12,7 @@ from modes_fx.errors import CalibrationError
 from tests.calib.frontiers import FAST, Table, exhaustive, losses, problems, search
 
 
-@settings(FAST, max_examples=60)
+@FAST
 @given(problems(), st.data())
 def test_violations_are_reported_and_targets_still_met(problem: tuple[Table, Table, list[float]], data: st.DataObject) -> None:
     f, g, targets = problem
@@ -47,7 +47,7 @@ def test_violations_are_reported_and_targets_still_met(problem: tuple[Table, Tab
             assert point.loss == min(feasible)
 
 
-@settings(FAST, max_examples=150)
+@settings(max_examples=100)
 @given(problems(), st.sampled_from([0.0, 1e-15, 1e-9, 1e-3, 0.1]), st.sampled_from([0.0, 1e-15, 1e-9, 1e-3, 0.1]), st.data())
 def test_noise_costs_no_more_than_twice_its_size(
     problem: tuple[Table, Table, list[float]], f_noise: float, g_noise: float, data: st.DataObject

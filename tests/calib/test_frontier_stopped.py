@@ -6,10 +6,10 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.calib.frontiers import FAST, SMOOTH, Table, exhaustive, problems, search
+from tests.calib.frontiers import SMOOTH, Table, exhaustive, problems, search
 
 
-@settings(FAST, max_examples=120)
+@settings(max_examples=80)
 @given(problems(), st.integers(0, 20), st.data())
 def test_a_stopped_search_keeps_what_it_found_and_bounds_what_it_did_not(
     problem: tuple[Table, Table, list[float]], limit: int, data: st.DataObject
