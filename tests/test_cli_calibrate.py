@@ -6,28 +6,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from modes_fx import cli
 from modes_fx.calib.importance_file import ImportanceFile
 from modes_fx.cli.search import seconds
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from modes_fx.plan import SkipPlan
 from tests import harness, tiny
+from tests.command import run
 
 SMALL = ("--batch-size", "3", "--samples", "7")
 SEARCH = ("--targets", "0.5", "0.75", "--gammas", "0.5", "--grid-size", "4")
-
-
-def run(*arguments: object) -> Any:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")

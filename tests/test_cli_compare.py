@@ -10,7 +10,7 @@ from modes_fx.cli import compare
 from modes_fx.compare import Row
 from modes_fx.demo import CHECKPOINT
 from modes_fx.errors import CalibrationError, ModelError
-from tests.test_cli_calibrate import run
+from tests.command import run
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 SMALL = ("--grid-size", "3", "--targets", "0.5", "0.9", "--rules", "naee_top2", "threshold", "--batch-size", "8")

@@ -1,7 +1,6 @@
 """The bare backend, found by name through its entry point, with real Inductor code."""
 
 import types
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,14 +19,9 @@ from tests import tiny
 from tests.harness import plan_of, relative_error, uncompiled
 from tests.oracle import Oracle, experts_of, random_bounds
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 LAYERS = tuple(f"model.layers.{i}.mlp.experts" for i in range(2))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def run(model: nn.Module, options: dict[str, object], **inputs: Tensor) -> Tensor:

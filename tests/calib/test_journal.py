@@ -50,7 +50,7 @@ def test_without_a_path_entries_are_kept_in_memory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(cut=st.integers(0, 400), garbage=st.binary(max_size=5).filter(lambda tail: b"\n" not in tail))
 def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path: Path, cut: int, garbage: bytes) -> None:
     path = tmp_path / "journal.jsonl"

@@ -19,8 +19,6 @@ from modes_fx.policies import RULES, Rule, register
 from tests import harness, oracle, tiny
 from tests.calib.conftest import oracle_kl, with_answers, without_labels
 
-pytestmark = pytest.mark.slow  # test_tuning.py and test_cli_compare.py are quick
-
 CALIBRATION, TEST = [with_answers(1), with_answers(2, side="right"), with_answers(3)], [with_answers(4), with_answers(5)]
 TARGETS, TOLERANCE = (0.5, 0.75), 0.04
 
@@ -40,11 +38,13 @@ def row_of(compared: Comparison, rule: str, target: float) -> Row:
     return next(row for row in compared.rows if (row.rule, row.target) == (rule, target))
 
 
+@pytest.mark.slow
 def test_every_rule_has_a_row_for_every_target(compared: Comparison) -> None:
     assert [(row.rule, row.target) for row in compared.rows] == [(name, target) for name in CONTENDERS for target in TARGETS]
     assert compared.samples == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", CONTENDERS)
 def test_a_rule_is_tuned_to_its_target(compared: Comparison, rule: str) -> None:
     for target in TARGETS:
@@ -65,6 +65,7 @@ def test_a_rule_is_tuned_to_its_target(compared: Comparison, rule: str) -> None:
             assert row.skipped["calibration"] < 1.0
 
 
+@pytest.mark.slow
 def test_thresholds_measure_what_the_oracle_does(compared: Comparison) -> None:
     row = row_of(compared, "threshold", 0.5)
     bounds = torch.full((2, 2), row.point["tau_text"])
@@ -74,6 +75,7 @@ def test_thresholds_measure_what_the_oracle_does(compared: Comparison) -> None:
     assert row.skipped["text"] == pytest.approx(1 - int(kept[:, 0].sum()) / int(routed[:, 0].sum()))
 
 
+@pytest.mark.slow
 def test_intervals_hold_their_metric(compared: Comparison) -> None:
     for row in compared.rows:
         for name, (low, high) in row.intervals.items():
@@ -99,6 +101,7 @@ def test_scores_are_the_samples_own(vlm: nn.Module) -> None:
     assert int(each.scores(None).kl_S.count_nonzero()) == 0
 
 
+@pytest.mark.slow
 def test_a_mean_over_models_spans_them(compared: Comparison) -> None:
     row = row_of(compared, "naee", 0.5)
     worse = replace(row, metrics={**row.metrics, "kl": row.metrics["kl"] + 1.0}, status="overshot")
