@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import modes_fx
+from modes_fx.calib.routing import RoutingRecorder, bin_centres
 from modes_fx.compare import routing_statistics
 from modes_fx.compare.statistics import linear_cka
-from modes_fx.calib.routing import RoutingRecorder, bin_centres
 from tests import harness, oracle, tiny
 from tests.calib.conftest import Batch, with_answers, without_labels
 from tests.convert import cases
