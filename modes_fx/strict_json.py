@@ -12,7 +12,18 @@ _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 def dumps(content: Any) -> str:
     """Return content as JSON of several lines; each number that is none in JSON as ``"inf"``, ``"-inf"`` or ``"nan"``."""
-    return json.dumps(_plain(content), indent=2, allow_nan=False) + "\n"
+    return json.dumps(plain(content), indent=2, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Return content of mappings, lists and values as standard JSON has it, numbers that it lacks as those strings."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return next(word for word, number in _WORDS.items() if number == value or (number != number and value != value))
+    return value
 
 
 def numbers(content: Any) -> Any:
@@ -22,13 +33,3 @@ def numbers(content: Any) -> Any:
     if isinstance(content, list):
         return [numbers(item) for item in content]
     return _WORDS.get(content, content) if isinstance(content, str) else content
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return next(word for word, number in _WORDS.items() if number == value or (number != number and value != value))
-    return value
