@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _DEMO_DATA = {"calibration": 12, "test": 64}  # images of each split
 _QUESTIONS = 8  # of each
 _SAMPLES = 1024
-_ABLATION = ("threshold", "gmlg", "dmt", "modes", "tempered")
 
 
 def compare(
@@ -167,7 +166,9 @@ _RATIOS = {"skipped": "all", "text": "text", "vision": "vision"}
 
 def _print_ablation(rows: Sequence[Row]) -> None:
     """Print what each part of the method does on its own, where more than one was compared."""
-    parts = {name: [row for row in rows if row.rule == name] for name in _ABLATION}
+    from modes_fx.compare.contenders import ABLATION
+
+    parts = {name: [row for row in rows if row.rule == name] for name in ABLATION}
     parts = {name: mine for name, mine in parts.items() if mine}
     if len(parts) < 2:
         return
@@ -193,7 +194,7 @@ _PARTS = {
 def _print_speed(rows: Sequence[Row], found: Mapping[str, Comparison]) -> None:
     if not rows:
         return
-    title = "Times as fast as stock's fastest setting (in brackets: of the rounds), and what generation skipped"
+    title = "Times as fast as stock's fastest setting, and what generation skipped.\nIn brackets: least and most of the rounds"
     table = Table(title=title, box=SIMPLE, padding=0)
     for heading in ("rule", "target", "prefill", "skipped", "decode", "skipped"):
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
@@ -203,11 +204,10 @@ def _print_speed(rows: Sequence[Row], found: Mapping[str, Comparison]) -> None:
         table.add_row(row.title, f"{row.target:.1%}", *cells)
     console.print(table)
     for name, each in found.items():
-        if "stock_ms" in each.stock:
-            bars = (
-                f"{phase} {bar} {each.stock['stock_ms'][bar][phase]:.1f} ms" for phase, bar in each.stock["fastest"].items()
-            )
-            console.print(f"Stock's fastest of {len(each.stock['stock_ms'])} settings, {name}: {'; '.join(bars)} (a token)")
+        if each.stock:
+            times = each.stock["stock_ms"]
+            bars = (f"{phase} {bar}, {times[bar][phase]:.1f} ms" for phase, bar in each.stock["fastest"].items())
+            console.print(f"Stock's fastest of {len(times)} settings, {Path(name).name}: {'; '.join(bars)} a token.")
 
 
 def _times(row: Row, phase: str) -> str:

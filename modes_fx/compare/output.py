@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modes_fx import strict_json
+from modes_fx.compare.contenders import ABLATION
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
 from modes_fx.files import write_atomically
@@ -32,6 +33,7 @@ def write(comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], ou
     facts = {
         "settings": dict(settings),
         "rows": [asdict(row) for row in means],
+        "ablation": [name for name in ABLATION if any(row.rule == name for row in means)],
         "models": {name: asdict(each) for name, each in comparisons.items()},
     }
     lines = [{"model": name, **row.flat()} for name, each in comparisons.items() for row in each.rows]
