@@ -99,6 +99,9 @@ CONTENDERS: dict[str, Contender] = {
     "tempered": Contender("tempered", "threshold", _ALPHA, GAMMAS),
 }
 
+ABLATION = ("threshold", "gmlg", "dmt", "modes", "tempered")
+"""The parts of the method: alone, together, and with gamma free."""
+
 
 def contender(name: str) -> Contender:
     """Return a contender by name; a registered keep-rule that is none is tuned by one scale for all layers.
