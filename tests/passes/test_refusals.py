@@ -217,7 +217,6 @@ def relu(y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("body", [lambda y: y + y.sum(0), lambda y: y + y.sum(1)], ids=["over rows", "turned to columns"])
 @pytest.mark.parametrize("form", ["compact", "static"])
-<<<<<<< HEAD
 def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(stock: str, form: str, body: Step) -> None:
     function = functools.partial(STOCK[stock], body=body)
     assert refused(function, *inputs(hidden=TOKENS * TOP_K), dispatch=form) in ("BODY_MIXES_ROWS", "BODY_HAS_FIXED_ROWS")
@@ -242,20 +241,6 @@ def test_a_body_that_works_row_by_row_is_rewritten(stock: str, body: Step) -> No
     assert [(record.status, record.detail) for record in found.rewritten.records] == [("rewritten", "")]
 
 
-@pytest.mark.parametrize("leak", ["y", "weighted", "restored", "perm", "pair_token", "sorted_ids"])
-def test_values_of_all_pairs_that_are_used_outside_the_dispatch(leak: str) -> None:
-    assert variant(leak=leak) in ("BODY_MIXES_ROWS", "NOT_A_DISPATCH")
-
-
-@pytest.mark.parametrize("leak", ["y", "weighted", "flat_ids", "x"])
-def test_values_of_all_batched_pairs_that_are_used_outside_the_dispatch(leak: str) -> None:
-    assert variant(stock="batched_mm", leak=leak) in ("BODY_MIXES_ROWS", "NOT_A_DISPATCH")
-=======
-def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(form: str) -> None:
-    function = functools.partial(dispatch, body=lambda y: y + y.sum(0))
-    assert refused(function, *inputs(hidden=TOKENS * TOP_K), dispatch=form) == "BODY_MIXES_ROWS"
-
-
 @pytest.mark.parametrize(
     ("stock", "leak", "code"),
     [
@@ -267,7 +252,6 @@ def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(form: str) -> 
 )
 def test_values_of_all_pairs_that_are_used_outside_the_dispatch(stock: str, leak: str, code: str) -> None:
     assert variant(stock=stock, leak=leak) == code
->>>>>>> w_tests
 
 
 @pytest.mark.parametrize(

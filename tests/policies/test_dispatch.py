@@ -9,12 +9,8 @@ from torch import Tensor
 from modes_fx.backend import inductor
 from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
-<<<<<<< HEAD
 from tests.passes.conftest import DISPATCHES, EXPERTS, TOP_K, Routing, assert_close, expected
-=======
-from tests.passes.conftest import EXPERTS, STOCK, TOP_K, Routing, assert_close, expected
 from tests.policies.tables import table_for
->>>>>>> w_tests
 
 CASES = [(*both, rule) for both, rule in itertools.product(DISPATCHES, ("naee", "naee_top2", "diep", "random"))]
 
