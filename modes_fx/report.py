@@ -33,6 +33,7 @@ class SiteReport:
         dispatch: ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, experts a token.
         num_experts: E, experts of the layer.
+        gemms: ``"kernels"`` or ``"packed kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are ATen's.
     """
 
     name: str
@@ -43,6 +44,11 @@ class SiteReport:
     dispatch: str = ""
     top_k: int = 0
     num_experts: int = 0
+    gemms: str = ""
+
+
+def _dispatch(site: SiteReport) -> str:
+    return f"{site.dispatch}, {site.gemms}" if site.gemms.endswith("kernels") else site.dispatch or "-"
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (site.name, site.status, site.form, site.dispatch or "-", site.top_k, site.num_experts, site.code or "-")
+            (site.name, site.status, site.form, _dispatch(site), site.top_k, site.num_experts, site.code or "-")
             for site in self.sites
         ]
         title = f"{self.model}, region {self.region!r}: {self.found} sites found, {len(self.rewritten)} rewritten"
