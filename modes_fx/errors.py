@@ -31,3 +31,11 @@ class CompilerError(ModesFxError, RuntimeError):
 
 class ModelError(ModesFxError, ValueError):
     """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
+
+
+def no_compiler(error: Exception) -> CompilerError:
+    """Describe a missing C++ compiler and what to do about it."""
+    return CompilerError(
+        f"Inductor needs a C++ compiler to generate code and found none that works ({error}). Install one (for example "
+        "`apt-get install g++`), or name yours in the environment variable CXX, then start Python anew."
+    )

@@ -94,7 +94,7 @@ def assert_exact_within_bounds(f: Table, g: Table, targets: list[float], result:
             q, p = round(2 * point.tau_text) - 1, round(2 * point.tau_vision) - 1
             assert (point.target, point.loss, point.ratio) == (target, f[q][p], g[q][p])
             assert point.ratio >= target
-    assert result.g_evaluations <= result.evaluations <= distinct * (columns + rows)
+    assert result.evaluations <= distinct * (columns + rows)
     assert result.f_evaluations <= distinct * columns
     assert result.exhaustive == columns * rows
     assert result.violations == ()

@@ -45,7 +45,16 @@ def test_importance_by_modality(tmp_path: Path, importance: Any) -> None:
     assert imported(tmp_path, importance, TAUS).alpha == ROWS
 
 
-@pytest.mark.parametrize("importance", [{2: 0.25, 10: 0.75}, {"10": 0.75, "2": 0.25}, [0.25, 0.75], torch.tensor([0.25, 0.75])])
+@pytest.mark.parametrize(
+    "importance",
+    [
+        {2: 0.25, 10: 0.75},
+        {"10": 0.75, "2": 0.25},
+        {0: torch.tensor([0.25]), 1: np.array([[0.75]])},
+        [0.25, 0.75],
+        torch.tensor([0.25, 0.75]),
+    ],
+)
 def test_importance_for_both_modalities(tmp_path: Path, importance: Any) -> None:
     assert imported(tmp_path, importance, TAUS).alpha == ((0.25, 0.25), (0.75, 0.75))
 

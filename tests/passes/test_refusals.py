@@ -1,13 +1,17 @@
 """Near misses of the dispatch: each is refused with its code, and its graph stays as it was."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.nn import functional
 
+from modes_fx.passes import batched_mm
+from modes_fx.passes.walk import weight_inputs
 from tests import harness, oracle, tiny
 from tests.passes.conftest import Routing
 
@@ -36,6 +40,7 @@ def dispatch(
     leak: str = "",
     counted: str = "ids",
     use_offsets: bool = False,
+    order: Step = same,
 ) -> Any:
     """The dispatch of transformers, with one step changed."""
     tokens, k = ids.shape
@@ -56,7 +61,7 @@ def dispatch(
     y = body(GMM(torch.nn.functional.silu(GMM(x, w1, offs=offsets)), w2, offs=offsets))
     weighted = y if on_input else y * weight(w).unsqueeze(-1)
     inverse = torch.empty_like(perm)
-    inverse[perm] = torch.arange(perm.size(0))
+    inverse[perm] = order(torch.arange(perm.size(0)))
     restored = pairs(weighted[inverse])
     out = total(restored) if total else restored.view(tokens, k, hidden.shape[1]).sum(dim=1)
     if use_offsets:
@@ -174,17 +179,66 @@ def test_weights_that_scale_the_input(stock: str, code: str) -> None:
         lambda y: y.flip(0),
         lambda y: y.roll(1, 0),
         lambda y: y @ y.t() @ y,
+        lambda y: y / y.norm(2),
+        lambda y: y / torch.norm(y),
+        lambda y: y - y.max(),
+        lambda y: y - y.amax(dim=()),
+        lambda y: y.flip(1, 0),
+        lambda y: y.roll((1, 1), (1, 0)),
+        lambda y: y + y.unsqueeze(1).transpose(dim0=0, dim1=1).sum(1),
+        lambda y: y + y.unsqueeze(1).swapaxes(axis0=0, axis1=1).sum(1),
+        lambda y: y + torch.stack([y], dim=-3).sum(1),
+        lambda y: y + y[..., 0, :],
+        lambda y: y + y.sum(1)[..., :1],
+        lambda y: y + y.unsqueeze(1).permute(1, 0, 2).sum(1),
+        lambda y: functional.layer_norm(y, (TOKENS * TOP_K, HIDDEN)),
+        lambda y: functional.rms_norm(y, (TOKENS * TOP_K, HIDDEN)),
+        lambda y: functional.linear(y.sum(1), torch.ones(HIDDEN, TOKENS * TOP_K)) + y,
+        lambda y: y.std() * y,
+        lambda y: GMM(y, torch.ones(EXPERTS, HIDDEN, HIDDEN), offs=torch.tensor([1, 5, 9, 15], dtype=torch.int32)),
+        lambda y: relu(y),
     ],
-    ids=["sum", "mean of all", "cumsum", "softmax", "flip", "roll", "attention"],
-)
+    ids=[
+        "sum", "mean of all", "cumsum", "softmax", "flip", "roll", "attention", "norm of all", "norm without dim", "max of all",
+        "amax of all", "flip of both", "roll of both", "transpose by names", "swapaxes by names", "stack in front",
+        "ellipsis of nothing", "rows cut off", "permute", "layer norm of all", "rms norm of all", "linear over rows", "std",
+        "groups of its own", "a function of the user's",
+    ],
+)  # fmt: skip
 def test_a_body_that_mixes_rows(stock: str, body: Step) -> None:
     assert variant("static", stock, body=body) == "BODY_MIXES_ROWS"  # static: nothing but the matcher can notice
 
 
+@torch._dynamo.allow_in_graph
+def relu(y: Tensor) -> Tensor:
+    """Shares its name with an operation that works row by row."""
+    return y - y.mean(0)
+
+
+@pytest.mark.parametrize("body", [lambda y: y + y.sum(0), lambda y: y + y.sum(1)], ids=["over rows", "turned to columns"])
 @pytest.mark.parametrize("form", ["compact", "static"])
-def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(form: str) -> None:
-    function = functools.partial(dispatch, body=lambda y: y + y.sum(0))
+def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(stock: str, form: str, body: Step) -> None:
+    function = functools.partial(STOCK[stock], body=body)
     assert refused(function, *inputs(hidden=TOKENS * TOP_K), dispatch=form) == "BODY_MIXES_ROWS"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda y: y / y.norm(2, 1, keepdim=True),
+        lambda y: y / y.norm(dim=-1, keepdim=True),
+        lambda y: y.view(-1, 2, HIDDEN // 2).transpose(dim0=1, dim1=2).flatten(1),
+        lambda y: y + y.view(-1, HIDDEN, 1)[..., 0, None].squeeze(-1),
+        lambda y: y.flip(1).roll(1, dims=1),
+        lambda y: functional.layer_norm(y, (HIDDEN,)) + functional.rms_norm(y, (HIDDEN,)),
+        lambda y: torch.cat([part.clamp(max=1.0) for part in y.chunk(2, dim=-1)], dim=1),
+        lambda y: torch.stack([y, 2 * y], dim=-2).sum(1),
+        lambda y: torch.max(y, -y) - y.amax(1, keepdim=True),
+    ],
+)
+def test_a_body_that_works_row_by_row_is_rewritten(stock: str, body: Step) -> None:
+    found = harness.capture(functools.partial(STOCK[stock], body=body), *inputs(), dispatch="static")
+    assert [(record.status, record.detail) for record in found.rewritten.records] == [("rewritten", "")]
 
 
 @pytest.mark.parametrize(
@@ -232,6 +286,10 @@ def test_expert_loads_that_are_used_outside_the_dispatch(leak: str) -> None:
 
 def test_offsets_that_take_part_in_the_output() -> None:
     assert variant(use_offsets=True) == "NOT_A_DISPATCH"
+
+
+def test_rows_that_are_put_back_in_another_order() -> None:
+    assert variant(order=lambda numbers: numbers.flip(0)) == "NOT_A_DISPATCH"
 
 
 @pytest.mark.parametrize("counted", ["hidden", "unsorted"])
@@ -285,6 +343,32 @@ def test_experts_whose_weights_are_no_inputs(stock: str) -> None:
         return STOCK[stock](x, ids, scores, torch.ones(EXPERTS, HIDDEN, 8), torch.ones(EXPERTS, 8, HIDDEN))
 
     assert refused(made_inside, *rest) == "NO_EXPERT_WEIGHTS"
+
+
+def test_a_number_of_tokens_that_depends_on_data(stock: str) -> None:
+    def picked(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, w2: Tensor) -> Any:
+        rows = (x[:, 0] > 0).nonzero().squeeze(1)
+        return STOCK[stock](x[rows], ids[rows], scores[rows], w1, w2)
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert refused(picked, *inputs()) == "TOKENS_UNKNOWN"
+
+
+def test_matrices_picked_from_a_tuple_are_no_anchor() -> None:
+    graph = fx.Graph()
+    ids, w = graph.placeholder("ids"), graph.placeholder("w")
+    picked = graph.call_function(operator.getitem, ((w, w), ids))
+    graph.call_function(torch.bmm, (picked, w))
+    assert list(batched_mm.find(graph)) == []
+
+
+def test_weights_whose_parts_share_their_source_name_it_once() -> None:
+    graph = fx.Graph()
+    weight = source = graph.placeholder("w")
+    source.meta["example_value"] = torch.ones(EXPERTS, 2, 2)
+    for _ in range(10):  # 2 ** 10 ways from the weight to its source
+        weight = graph.call_function(torch.add, (graph.call_function(torch.neg, (weight,)), weight))
+    assert weight_inputs(weight) == ("w",)
 
 
 @pytest.mark.parametrize("form", ["compact", "static"])

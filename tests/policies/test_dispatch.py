@@ -9,10 +9,10 @@ from torch import Tensor
 from modes_fx.backend import inductor
 from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
-from tests.passes.conftest import EXPERTS, STOCK, TOP_K, Routing, assert_close, expected
+from tests.passes.conftest import DISPATCHES, EXPERTS, TOP_K, Routing, assert_close, expected
 from tests.policies.tables import table_for
 
-CASES = list(itertools.product(STOCK, ("compact", "static"), ("naee", "naee_top2", "diep", "random")))
+CASES = [(*both, rule) for both, rule in itertools.product(DISPATCHES, ("naee", "naee_top2", "diep", "random"))]
 
 
 class Runtime(harness.FixedRuntime):
