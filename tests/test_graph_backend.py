@@ -192,8 +192,8 @@ def test_a_model_in_parts_reports_what_is_rewritten_in_each() -> None:
     report = modes_fx.GraphReport()
     ids = tiny.text_batch(1, 4)["input_ids"]
     run(model, {"report": report}, input_ids=ids)
-    assert len(report.graphs) > 1
-    assert sum(bool(graph) for graph in report.graphs) >= 1
+    sites_in_each = [len(graph) for graph in report.graphs]
+    assert sorted(sites_in_each, reverse=True)[:3] == [1, 1, 0]  # a layer in a part, and parts without experts
     assert [site.status for site in report.sites] == ["rewritten"] * 2
 
 
@@ -216,5 +216,6 @@ def test_modes_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         torch.compile(tiny.make("qwen3_moe"), backend="modes_fx", mode="max-autotune-no-cudagraphs", dynamic=True)(ids)
         modes_fx.optimize(tiny.make("qwen3_moe"), mode="max-autotune-no-cudagraphs", options={"epilogue_fusion": False})(ids)
-    assert all(settings["max_autotune"] for settings in seen)
-    assert {settings.get("epilogue_fusion") for settings in (seen[0], seen[-1])} == {False}
+    assert [(settings["max_autotune"], settings.get("epilogue_fusion")) for settings in seen] == [
+        (True, False), (True, None), (True, False),
+    ]  # fmt: skip
