@@ -99,6 +99,13 @@ CONTENDERS: dict[str, Contender] = {
     "tempered": Contender("tempered", "threshold", _ALPHA, GAMMAS),
 }
 
+_OWN = ("tempered", "modes", "dmt", "gmlg", "threshold")
+
+
+def own_rule(names: Sequence[str]) -> str:
+    """Return which of several rules is looked at closely: the one that does most of what this package does, or the last."""
+    return next((name for name in _OWN if name in names), names[-1])
+
 
 def contender(name: str) -> Contender:
     """Return a contender by name; a registered keep-rule that is none is tuned by one scale for all layers.

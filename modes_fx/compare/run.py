@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,8 @@ from modes_fx.calib import processes
 from modes_fx.calib.importance import Importance, Mode, layer_importance
 from modes_fx.calib.objective import Batch, Evaluation, Objective
 from modes_fx.calib.search import search
-from modes_fx.compare.contenders import CONTENDERS, Calibrated, Contender, contender
+from modes_fx.calib.trials import Trial
+from modes_fx.compare.contenders import CONTENDERS, Alpha, Calibrated, Contender, contender, own_rule
 from modes_fx.compare.rows import Row, measured
 from modes_fx.compare.samples import SampleObjective, SampleScores
 from modes_fx.compare.speed import Stopwatch
@@ -43,11 +44,19 @@ class Comparison:
         unskipped: Its own metrics on test data: ``score``.
         samples: Of test data.
         rows: By rule, then target.
+        own: The rule that is looked at closely; see ``own_rule``.
+        layers: Paths of the experts modules of the MoE layers.
+        alpha: Importance of each layer for (text, vision) tokens; None where no rule takes it.
+        trials: By rule that pairs of thresholds were searched for: all that were measured on calibration data.
     """
 
     unskipped: dict[str, float]
     samples: int
     rows: tuple[Row, ...]
+    own: str = ""
+    layers: tuple[str, ...] = ()
+    alpha: Alpha | None = None
+    trials: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
 
 
 def compare(
@@ -62,6 +71,7 @@ def compare(
     tolerance: float = 0.005,
     seed: int = 0,
     timed: bool = False,
+    look: Callable[[nn.Module, SkipPlan, Row], None] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare rules at equal skip ratios, each compiled into the model and really skipping.
@@ -80,6 +90,7 @@ def compare(
         tolerance: See above.
         seed: Of the bootstrap and the random rule.
         timed: Whether to time each row against stock.
+        look: Called with the optimised model, and the plan and the row of ``own_rule`` at the largest target that it reaches.
         progress: Told of each step.
 
     Raises:
@@ -94,6 +105,7 @@ def compare(
     if not chosen or not targets or not all(0 <= target <= 1 for target in targets):
         raise CalibrationError(f"A comparison needs a rule, and targets in [0, 1]; got {list(rules)} and {list(targets)}.")
     match = _Match(model, list(calibration), list(test), sorted(set(targets)), grid_size, tolerance, seed, progress)
+    match.own, match.look = own_rule(list(chosen)), look
     match.stopwatch = Stopwatch(model, match.test[0]) if timed else None
     try:
         known = match.calibrate(chosen.values(), importance_mode)
@@ -106,8 +118,9 @@ def compare(
     assert match.unskipped is not None
     correct = match.unskipped.correct_S
     return Comparison(
-        {"score": float(correct.double().mean())}, len(correct), tuple(row for name in chosen for row in rows[name])
-    )
+        {"score": float(correct.double().mean())}, len(correct), tuple(row for name in chosen for row in rows[name]),
+        match.own, match.layers, known.importance, match.trials,
+    )  # fmt: skip
 
 
 class _Match:
@@ -122,11 +135,16 @@ class _Match:
         self._tell = progress or (lambda part, done, total: None)
         self.stopwatch: Stopwatch | None = None
         self.unskipped: SampleScores | None = None
+        self.own = ""
+        self.look: Callable[[nn.Module, SkipPlan, Row], None] | None = None
+        self.layers: tuple[str, ...] = ()
+        self.trials: dict[str, tuple[Mapping[str, float], ...]] = {}
 
     def calibrate(self, chosen: Iterable[Contender], mode: Mode) -> Calibrated:
         needs = frozenset[str]().union(*(one.needs for one in chosen))
         optimize(self.model)
         sites = report(self.model).sites
+        self.layers = tuple(site.name for site in sites)
         alpha = statistics = None
         if "importance" in needs:
             step = self._step("importance of each layer")
@@ -147,15 +165,19 @@ class _Match:
         total = len(chosen) * len(self.targets)
         with tempfile.TemporaryDirectory() as folder:  # searches of one rule share what they measure
             for name, one in chosen.items():
+                best: tuple[SkipPlan, Row] | None = None
                 for target, (tuned, plan, largest) in zip(
-                    self.targets, self._tune(one, objective, known, Path(folder) / "journal"), strict=True
+                    self.targets, self._tune(name, one, objective, known, Path(folder) / "journal"), strict=True
                 ):
-                    rows[name].append(self._row(name, one, target, tuned, plan, largest, test))
+                    rows[name].append(row := self._row(name, one, target, tuned, plan, largest, test))
+                    best = best if plan is None else (plan, row)
                     self._tell(f"compare: {rule}", sum(map(len, rows.values())), total)
+                if name == self.own and self.look is not None and best is not None:
+                    self.look(self.model, *best)
         return rows
 
     def _tune(
-        self, one: Contender, objective: Objective, known: Calibrated, journal: Path
+        self, name: str, one: Contender, objective: Objective, known: Calibrated, journal: Path
     ) -> list[tuple[Tuned | None, SkipPlan | None, float]]:
         layers = known.layers
         if not one.gammas:
@@ -166,7 +188,7 @@ class _Match:
             )
             found = [tuner.reach(target) for target in self.targets]
             return [(tuned, one.plan(known, tuned.scale) if tuned else None, tuner.largest_ratio) for tuned in found]
-        plans = self._search(one, known, journal)
+        plans = self._search(name, one, known, journal)
         results: list[tuple[Tuned | None, SkipPlan | None, float]] = []
         for target in self.targets:
             point = plans.get(target)
@@ -187,17 +209,19 @@ class _Match:
             results.append((tuned, scaled(tuned.scale) if tuned else None, tuner.largest_ratio))
         return results
 
-    def _search(self, one: Contender, known: Calibrated, journal: Path) -> dict[float, PlanPoint]:
+    def _search(self, name: str, one: Contender, known: Calibrated, journal: Path) -> dict[float, PlanPoint]:
         alpha = known.importance or ((1 / known.layers,) * 2,) * known.layers  # DMT leaves it out: gamma is 0
         importance = Importance(alpha, alpha, "reference", 0)
         step = self._step("search for pairs of thresholds")
+        trials: list[Trial] = []
         try:
             plan = search(
                 self.model, self.calibration, importance, self.targets, gammas=one.gammas, grid_size=self.grid_size,
-                journal=journal, on_progress=step,
+                journal=journal, on_trial=trials.append, on_progress=step,
             )  # fmt: skip
         except CalibrationError:  # no target can be reached, which the rows say
             return {}
+        self.trials[name] = tuple(trial.flat() for trial in trials)
         return {point.target: point for point in plan.points if point.target is not None}
 
     def _row(
