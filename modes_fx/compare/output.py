@@ -11,9 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modes_fx.compare.page import write_comparison_page
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
 from modes_fx.files import write_atomically
+from modes_fx.page.closeup import Closeup
 
 
 def mean_rows(comparisons: Mapping[str, Comparison]) -> tuple[Row, ...]:
@@ -21,13 +23,16 @@ def mean_rows(comparisons: Mapping[str, Comparison]) -> tuple[Row, ...]:
     return tuple(mean_row(rows) for rows in zip(*(each.rows for each in comparisons.values()), strict=True))
 
 
-def write(comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
-    """Write ``compare.json`` and ``compare.csv``.
+def write(
+    comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], out: Path, closeup: Closeup | None = None
+) -> tuple[Path, Path, Path]:
+    """Write ``compare.html``, ``compare.json`` and ``compare.csv``.
 
     Args:
         comparisons: By the model's name; all of the same rules and targets.
         settings: What they were made with.
         out: Folder.
+        closeup: Of the first model, for the page; see ``look_closely``.
     """
     means = mean_rows(comparisons)
     facts = {
@@ -35,11 +40,13 @@ def write(comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], ou
         "rows": [asdict(row) for row in means],
         "models": {name: asdict(each) for name, each in comparisons.items()},
     }
+    plain = _plain(facts)
     lines = [{"model": name, **row.flat()} for name, each in comparisons.items() for row in each.rows]
     if len(comparisons) > 1:
         lines += [{"model": "mean", **row.flat()} for row in means]
     return (
-        write_atomically(out / "compare.json", json.dumps(_plain(facts), indent=2, allow_nan=False) + "\n"),
+        write_comparison_page(plain, closeup, out / "compare.html"),
+        write_atomically(out / "compare.json", json.dumps(plain, indent=2, allow_nan=False) + "\n"),
         write_atomically(out / "compare.csv", _as_csv(lines)),
     )
 
