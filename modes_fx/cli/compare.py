@@ -103,12 +103,15 @@ def compare(
 
             def look(model: Any, plan: SkipPlan, *about: Any, data: Any = (processor, test, asked), name: str = name) -> None:
                 step = partial(bars, f"{Path(name).name}: samples to show")
-                closeups.append(look_closely(model, plan, *data, on_step=step))
+                try:
+                    closeups.append(look_closely(model, plan, *data, on_step=step))
+                except Exception as error:  # whatever a model's generate() raises: hours of measuring are not lost for pictures
+                    console.print(f"[yellow]No samples to show[/]: {type(error).__name__}: {error}")
 
             found[name] = run(
                 network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
                 grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed,
-                look=None if closeups else look,
+                look=look if name == models[0] else None,
                 progress=lambda part, done, total, name=name: bars(f"{Path(name).name}: {part}", done, total),
             )  # fmt: skip
         settings = {

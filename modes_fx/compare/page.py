@@ -17,6 +17,10 @@ from modes_fx.page.markup import between, cards, columns_of_facts, paragraph, pe
 from modes_fx.page.tokens import pictures
 
 Facts = Mapping[str, Any]
+_NO_SAMPLES = (
+    "No samples: the rule to look at closely reaches no target (lower --targets), or the model could not answer them, of which "
+    "the command told."
+)
 _TALL_IN = (4.2, 3.5)  # room for the names of many rules
 
 
@@ -162,7 +166,7 @@ def _search(facts: Facts) -> list[str]:
 
 def _samples(facts: Facts, closeup: Closeup | None) -> list[str]:
     if closeup is None:
-        return [paragraph("No samples: the rule to look at closely reaches no target. Lower --targets.", "missing")]
+        return [paragraph(_NO_SAMPLES, "missing")]
     return [paragraph(f"Answers with all experts, and with {_shown(facts)}."), pictures(closeup)]
 
 

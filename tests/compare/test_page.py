@@ -89,7 +89,7 @@ def test_a_rule_that_cannot_says_how_far_it_gets(tmp_path: Path, comparison: Com
 def test_what_was_not_measured_names_the_option(tmp_path: Path, comparison: Comparison) -> None:
     small = replace(without(comparison, speed={}), alpha=None, trials={}, rows=without(comparison, speed={}).rows[:2])
     found = page(tmp_path, None, model=small)
-    for said in ("--speed times", "--rules gmlg, modes or tempered", "--rules tempered, modes or dmt", "Lower --targets"):
+    for said in ("--speed times", "--rules gmlg, modes or tempered", "--rules tempered, modes or dmt", "lower --targets"):
         assert said in found.whole
     assert "--rules threshold gmlg dmt modes tempered" in found.whole
     assert "decode" not in found.text
