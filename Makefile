@@ -2,16 +2,24 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SYNC   := $(VENV)/.installed
+EXTRAS := .venv-extras
+LMMS   := lmms-eval==0.7.3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench coverage clean
+.PHONY: help demo test test-all test-extras lint bench coverage clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 $(SYNC): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(EXTRAS)/.installed: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(EXTRAS)
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantise,lmms]'
+	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(LMMS)
 	touch $@
 
 demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluate, time (4 minutes)
@@ -22,6 +30,10 @@ test: $(SYNC)  ## run the tests
 
 test-all: $(SYNC)  ## run the slow tests too: every family in every form
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+test-extras: $(EXTRAS)/.installed  ## run the tests that need torchao and lmms-eval, in an environment of their own
+	$(EXTRAS)/bin/python -c 'import lmms_eval.evaluator, torchao'  # without them, the tests would only skip
+	$(EXTRAS)/bin/python -m pytest --numprocesses auto --dist loadfile tests/quantise tests/lmms
 
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .
@@ -35,4 +47,4 @@ coverage: $(SYNC)  ## write the README's table of model families anew
 	$(BIN)/python -m tests.families.coverage --write README.md
 
 clean:  ## remove the environment and all output
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(EXTRAS) out

@@ -10,6 +10,7 @@ import copy
 import json
 import logging
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -26,18 +27,27 @@ from modes_fx.demo.questions import KINDS
 
 logger = logging.getLogger("train_demo_model")
 
+LOG = "training_log.json"
+
 
 def save(model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> None:
     """Write bfloat16 weights, configs, tokenizer, processor and log, then put them at `out` in one move."""
-    staging = out.with_name(out.name + ".new")
-    shutil.rmtree(staging, ignore_errors=True)
-    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(staging)  # which also notes the dtype in the config
-    processor.save_pretrained(staging)
-    (staging / "training_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    for file in staging.iterdir():
-        file.chmod(0o644)  # safetensors' own files are readable by their owner only
-    shutil.rmtree(out, ignore_errors=True)
-    staging.rename(out)
+    check_is_ours(out)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
+        staging = Path(folder) / "checkpoint"
+        copy.deepcopy(model).to(torch.bfloat16).save_pretrained(staging)  # which also notes the dtype in the config
+        processor.save_pretrained(staging)
+        (staging / LOG).write_text(json.dumps(log, indent=1) + "\n")
+        for file in staging.iterdir():
+            file.chmod(0o644)  # safetensors' own files are readable by their owner only
+        shutil.rmtree(out, ignore_errors=True)
+        staging.rename(out)
+
+
+def check_is_ours(out: Path) -> None:
+    """Refuse to put a checkpoint in the place of anything but a checkpoint of this script, or an empty folder."""
+    if out.exists() and not (out / LOG).is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise SystemExit(f"{out} exists and is no checkpoint of this script (it has no {LOG}): name another folder as --out.")
 
 
 def thin(losses: list[float], n_points: int = 100) -> list[float]:
@@ -55,6 +65,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="steps of the whole model")
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
     args = parser.parse_args()
+    check_is_ours(args.out)  # now, not when the work is done
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)  # also what makes a run repeat itself exactly
     torch.manual_seed(args.seed)

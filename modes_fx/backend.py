@@ -17,7 +17,7 @@ import torch._inductor
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from modes_fx.errors import CompilerError, ModesFxError, NoRoutingSiteError
+from modes_fx.errors import ModesFxError, NoRoutingSiteError, no_compiler
 from modes_fx.passes.skip_experts import Binding, Dispatch, Rewritten, skip_experts
 from modes_fx.policies import KeepRule, takes_table
 
@@ -79,14 +79,6 @@ def inductor_settings(mode: str | None) -> dict[str, Any]:
     if mode is not None and mode not in known:
         raise ModesFxError(f"Unknown mode {mode!r}; Inductor's: {', '.join(known)}.")
     return dict(known[mode]) if mode is not None else {}
-
-
-def no_compiler(error: Exception) -> CompilerError:
-    """Describe a missing C++ compiler and what to do about it."""
-    return CompilerError(
-        f"Inductor needs a C++ compiler to generate code and found none that works ({error}). Install one (for example "
-        "`apt-get install g++`), or name yours in the environment variable CXX, then start Python anew."
-    )
 
 
 class SkipBackend:

@@ -25,9 +25,21 @@ class CalibrationError(ModesFxError, ValueError):
     """Calibration or search was given data or functions that it cannot use."""
 
 
+class UnreachableError(CalibrationError):
+    """No choice of thresholds reaches any of the target skip ratios on the data."""
+
+
 class CompilerError(ModesFxError, RuntimeError):
     """Inductor cannot generate code on this machine."""
 
 
 class ModelError(ModesFxError, ValueError):
     """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
+
+
+def no_compiler(error: Exception) -> CompilerError:
+    """Describe a missing C++ compiler and what to do about it."""
+    return CompilerError(
+        f"Inductor needs a C++ compiler to generate code and found none that works ({error}). Install one (for example "
+        "`apt-get install g++`), or name yours in the environment variable CXX, then start Python anew."
+    )

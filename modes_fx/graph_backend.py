@@ -5,26 +5,28 @@ modality from ``input_ids`` or from ``modes_fx.token_modality``.
 
 NOTE [modality over graph breaks] Whole models often break into several graphs: the one that embeds ``input_ids`` runs before
 those with the decoder layers. It publishes its tokens, and each layer may take them once. A layer that asks twice would get
-those of an older forward, and gets an error instead.
+those of an older forward, and gets an error instead. So does one whose model was compiled with other options, and one more than
+the plan has layers; two models that are compiled alike with a plan that does not know the layers cannot be told apart.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx
 
 from modes_fx import modality
 from modes_fx.backend import Compiled, SkipBackend, inductor, inductor_settings
-from modes_fx.errors import ModalityError, PlanError
-from modes_fx.modality import PADDING, TEXT, VISION
-from modes_fx.passes.skip_experts import Binding, Rewritten, source_of
+from modes_fx.errors import ModalityError, ModesFxError, PlanError
+from modes_fx.modality import PADDING, TEXT, VISION, Tokens
+from modes_fx.passes.skip_experts import Binding, Dispatch, Rewritten, source_of
 from modes_fx.plan import SkipPlan
 from modes_fx.policies import RULES, table_shape
 from modes_fx.report import GraphReport
@@ -44,6 +46,10 @@ def modes_fx(
         options: ``plan`` (a ``SkipPlan`` or a path; none keeps every expert), ``target``, ``dispatch``, ``vision_token_ids``
             (for a plan that names none), ``mode`` (as above), ``report`` (a ``modes_fx.GraphReport`` that is told of each
             graph); any other goes to Inductor.
+
+    Raises:
+        PlanError: The plan is unreadable, lacks the target, or there is a target without a plan.
+        ModesFxError: An unknown dispatch or mode.
     """
     rest = dict(options or {})
     mode = rest.pop("mode", mode)
@@ -51,8 +57,12 @@ def modes_fx(
     plan = rest.pop("plan", None)
     if plan is not None and not isinstance(plan, SkipPlan):
         plan = SkipPlan.load(plan)
-    runtime = GraphRuntime(module, plan, rest.pop("target", None), rest.pop("vision_token_ids", None), report)
-    dispatch = rest.pop("dispatch", "auto")
+    target, dispatch = rest.pop("target", None), rest.pop("dispatch", "auto")
+    if plan is None and target is not None:
+        raise PlanError(f"A target ({target!r}) needs a plan that knows it: pass it as the option 'plan' beside.")
+    if dispatch not in get_args(Dispatch):
+        raise ModesFxError(f"Unknown dispatch {dispatch!r}; known: {', '.join(get_args(Dispatch))}.")
+    runtime = GraphRuntime(module, plan, target, rest.pop("vision_token_ids", None), report, options)
     settings = {**inductor_settings(mode), **rest}
     backend = SkipBackend(runtime, RULES[plan.rule if plan else "threshold"].keep, dispatch, inductor)
     compiled = backend(module, inputs, **settings)
@@ -61,9 +71,10 @@ def modes_fx(
 
 @dataclass(frozen=True)
 class _Published:
-    """Token classes of a forward, int64 [T], and the layers (by their weights' ids) that took them."""
+    """The tokens of a forward, what their model was compiled with, and the layers (by their weights' ids) that took them."""
 
-    classes: Tensor
+    tokens: Tokens
+    options: Mapping[str, Any]
     taken_by: set[int] = field(default_factory=set)
 
 
@@ -79,6 +90,7 @@ class GraphRuntime:
         target: One of its targets.
         vision_token_ids: Placeholder ids of visual tokens; None takes the plan's.
         report: Told of the graph's sites.
+        options: All that the model was compiled with.
     """
 
     num_classes = PADDING + 1
@@ -91,8 +103,10 @@ class GraphRuntime:
         target: float | None,
         vision_token_ids: Sequence[int] | None,
         report: GraphReport | None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._plan = plan
+        self._options = options or {}
         self._report = report
         sources = [source_of(node) for node in module.graph.nodes if node.op == "placeholder"]
         self._takes_experts = any("experts" in source for source in sources)
@@ -106,6 +120,7 @@ class GraphRuntime:
         if rule.protects:
             raise PlanError(f"The keep-rule {name!r} observes attention, which no graph shows. Use modes_fx.optimize().")
         layers = len(plan.alpha or plan.tables or (1,)) if plan else 1
+        self._takers = layers if plan and (plan.alpha or plan.tables) else math.inf
         self._keep = rule.keep
         self._tables = plan.table_tensors(layers) if plan and plan.tables else ()
         self._bounds = torch.full((layers, self.num_classes), rule.keep_all)
@@ -114,6 +129,7 @@ class GraphRuntime:
             self._bounds[:, :PADDING] = plan.bounds(layers, target)
         self._needs_modality = bool((self._bounds[:, TEXT] != self._bounds[:, VISION]).any())
         self._rows: dict[tuple[str, torch.device], tuple[int, Tensor]] = {}
+        self._tables_on_device: dict[tuple[int, torch.device], Tensor] = {}
 
     def compiled(self, rewritten: Rewritten) -> None:
         """Say what was rewritten; experts that are computed whole are never passed off as optimised."""
@@ -134,21 +150,28 @@ class GraphRuntime:
             self._rows[key] = layer, self._bounds[layer].to(key[1])
         layer, row = self._rows[key]
         classes = self._token_classes(binding.token_count(inputs), inputs[binding.weight_inputs[0]])
-        return layer, classes.to(key[1]), row
+        return layer, classes, row
 
     def table(self, layer: int, binding: Binding, device: torch.device) -> Tensor:
         """Return the rule's table of a layer; see ``backend.Runtime.table``."""
+        if (known := self._tables_on_device.get((layer, device))) is not None:
+            return known
         shape = table_shape(self._keep, binding.record.num_experts)
         if tuple(self._tables[layer].shape) != shape:
             found = list(self._tables[layer].shape)
             raise PlanError(f"The plan's table of layer {layer} has shape {found}, the layer needs {list(shape)}.")
-        return self._tables[layer].to(device)
+        self._tables_on_device[layer, device] = self._tables[layer].to(device)
+        return self._tables_on_device[layer, device]
 
     def publishing(self, compiled: Compiled) -> Compiled:
         """Let a graph that has ``input_ids`` publish its tokens whenever it runs."""
 
         def run(*inputs: Any) -> Sequence[Any]:
-            _published.set(None if modality.explicit() is not None else _Published(self._classes_of(inputs)))
+            given, input_ids = modality.explicit(), inputs[self.input_ids]  # type: ignore[index]  # this graph has them
+            unclear = self._needs_modality and not self._vision_ids
+            stated = given is not None and (given.numel() == input_ids.numel() or unclear)
+            tokens = None if stated else Tokens(self._classes_of(input_ids, inputs), "prefill")
+            _published.set(None if tokens is None else _Published(tokens, self._options))
             return compiled(*inputs)
 
         return run
@@ -169,28 +192,32 @@ class GraphRuntime:
         return fits[0]
 
     def _token_classes(self, tokens: int, weight: Tensor) -> Tensor:
-        given, published = modality.explicit(), _published.get()
-        if given is not None and given.numel() == tokens:
-            return given.reshape(-1)
-        if published is not None and published.classes.numel() == tokens and id(weight) not in published.taken_by:
+        given, published = modality.explicit_flat(tokens, weight.device), _published.get()
+        if given is not None:
+            return given
+        if published is not None and published.tokens.ids.numel() == tokens and self._may_take(published, weight):
             published.taken_by.add(id(weight))
-            return published.classes
+            return published.tokens.flat(tokens, weight.device)
         if self._needs_modality:
             raise ModalityError(
                 f"The modality of {tokens} tokens is unknown: no graph of this forward has input_ids of that many tokens. Call "
                 "the model inside `with modes_fx.token_modality(ids):`, or use modes_fx.optimize(model, plan)."
             )
-        return torch.zeros(tokens, dtype=torch.int64)
+        return torch.zeros(tokens, dtype=torch.int64, device=weight.device)
 
-    def _classes_of(self, inputs: Sequence[Any]) -> Tensor:
+    def _may_take(self, published: _Published, weight: Tensor) -> bool:
+        # Equal options, not the same: of two models that are compiled alike, one may run graphs that the other made.
+        new = id(weight) not in published.taken_by and len(published.taken_by) < self._takers
+        return new and published.options == self._options
+
+    def _classes_of(self, input_ids: Tensor, inputs: Sequence[Any]) -> Tensor:
         if self._needs_modality and not self._vision_ids:
             raise ModalityError(
                 'The plan has other thresholds for visual tokens, but names no placeholder ids. Pass options={"plan": plan, '
                 '"vision_token_ids": [...]} with the config\'s image_token_id and video_token_id.'
             )
-        input_ids = inputs[self.input_ids]  # type: ignore[index]  # only graphs that have them publish
         ids = torch.isin(input_ids, torch.tensor(self._vision_ids, dtype=torch.int64, device=input_ids.device)).to(torch.int64)
         mask = inputs[self._attention_mask] if self._attention_mask is not None else None
         if mask is not None and mask.dim() == 2 and mask.shape[1] >= ids.shape[1]:
             ids = ids.masked_fill(mask[:, -ids.shape[1] :] == 0, PADDING)
-        return ids.reshape(-1)
+        return ids

@@ -100,9 +100,7 @@ class Inspection(Report):
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values; the keys stay as they are while ``schema`` does."""
-        import transformers
-
-        from modes_fx import __version__
+        from modes_fx.calib.trials import versions  # calibration is not needed to look at a model
 
         return {
             "schema": JSON_SCHEMA,
@@ -117,7 +115,7 @@ class Inspection(Report):
             "active_parameters": self.active_parameters,
             "vision_token_ids": list(self.vision_token_ids),
             "notes": list(self.notes),
-            "versions": {"modes_fx": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": versions(),
             "sites": [asdict(site) for site in self.sites],
         }
 

@@ -76,7 +76,7 @@ class Tokens:
 
 
 RUNNING: ContextVar[Tokens | None] = ContextVar("modes_fx_running", default=None)
-_explicit: ContextVar[Tensor | None] = ContextVar("modes_fx_explicit", default=None)
+_explicit: ContextVar[Tokens | None] = ContextVar("modes_fx_explicit", default=None)
 
 
 def running() -> Tokens | None:
@@ -102,7 +102,7 @@ def token_modality(ids: Tensor) -> Iterator[None]:
     ids = ids.to(torch.int64)
     if ids.numel() and not bool(((ids >= TEXT) & (ids <= PADDING)).all()):
         raise ModalityError("token_modality() takes 0 (text), 1 (vision) and 2 (padding) only.")
-    token = _explicit.set(ids)
+    token = _explicit.set(Tokens(ids, "prefill"))
     try:
         yield
     finally:
@@ -111,7 +111,14 @@ def token_modality(ids: Tensor) -> Iterator[None]:
 
 def explicit() -> Tensor | None:
     """Return the ids given by an enclosing ``token_modality`` block, int64 [B, S], or None."""
-    return _explicit.get()
+    given = _explicit.get()
+    return None if given is None else given.ids
+
+
+def explicit_flat(tokens: int, device: torch.device) -> Tensor | None:
+    """Return the ids that ``explicit`` returns, int64 [T] on ``device``, or None where they are not T; copied there once."""
+    given = _explicit.get()
+    return given.flat(tokens, device) if given is not None and given.ids.numel() == tokens else None
 
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:

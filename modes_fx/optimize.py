@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modes_fx.backend import SkipBackend, inductor_settings, no_compiler
+from modes_fx.backend import SkipBackend, inductor_settings
 from modes_fx.budget import Budget, budget_of
 from modes_fx.convert.conversions import Conversions
-from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError
+from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.experts import IMPLEMENTATION, left_in_a_copy
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
@@ -27,7 +27,7 @@ from modes_fx.quantise.support import support_quantised
 from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.report import Report, SiteReport, SkipStats
 from modes_fx.runtime import ModelRuntime
-from modes_fx.watch import Watch, watch_modality
+from modes_fx.watch import GroupWatch, Watch, watch_modality
 
 logger = logging.getLogger(__name__)
 
@@ -190,6 +190,11 @@ def set_plan(
 
 
 def _put_in_force(state: _Optimized, plan: SkipPlan | None, bounds: Tensor | Budget | None) -> None:
+    if isinstance(bounds, Budget) and any(isinstance(watch, GroupWatch) for watch in state.watches):
+        raise PlanError(
+            f"{state.model_name} has experts of its own for each modality, so that no layer sees all tokens of a forward, by "
+            'which a budget is kept. Use fixed thresholds: dataclasses.replace(plan, mode="fixed").'
+        )
     if plan is not None and plan.tables is not None:
         state.runtime.set_tables(plan.table_tensors(len(state.layers)))
     state.runtime.set_bounds(bounds)

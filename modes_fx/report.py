@@ -143,6 +143,7 @@ class SkipStats:
         self.recording = False
         self._routed = torch.zeros(len(layers), len(MODALITIES), len(PHASES), dtype=torch.int64)
         self._kept = torch.zeros_like(self._routed)
+        self._before: list[bool] = []  # what each enclosing `with` block found
         self._by_token: list[tuple[int, Tensor]] | None = None
 
     def start(self) -> SkipStats:
@@ -163,12 +164,9 @@ class SkipStats:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[SkipStats]:
-        """Count inside the block; afterwards go on or stay off as before."""
-        before, self.recording = self.recording, True
-        try:
+        """Count inside the block; afterwards go on or stay off as before. So does ``with stats:``."""
+        with self:
             yield self
-        finally:
-            self.recording = before
 
     @contextlib.contextmanager
     def by_token(self) -> Iterator[list[tuple[int, Tensor]]]:
@@ -181,10 +179,11 @@ class SkipStats:
             self._by_token = before
 
     def __enter__(self) -> SkipStats:
+        self._before.append(self.recording)
         return self.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stop()
+        self.recording = self._before.pop()
 
     @property
     def pairs_routed(self) -> Tensor:

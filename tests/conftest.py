@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch._inductor.config
+from hypothesis import settings
 from torch import nn
 
 import modes_fx
 from tests import harness, tiny
 
+settings.register_profile("same", deadline=None, derandomize=True, database=None)  # the same examples every time
+settings.load_profile("same")
 torch.set_num_threads(1)
 torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to start than the tiny kernels to compile
 
@@ -17,6 +20,14 @@ torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to 
 @pytest.fixture(autouse=True)
 def _same_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Forget all graphs, for a test of what shares dynamo's cache with others."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

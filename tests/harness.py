@@ -1,10 +1,11 @@
 """Run rewritten graphs without Inductor, and see what reaches the experts' GEMMs."""
 
+import contextlib
 import functools
 import importlib
 import operator
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,18 @@ import transformers.integrations.moe  # noqa: F401 - registers the float32 GEMM
 from torch import Tensor, fx, nn
 
 from modes_fx.backend import SkipBackend
+from modes_fx.passes import kept_gemms
 from modes_fx.passes.skip_experts import Binding, Rewritten, skip_experts
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES
 
 GEMMS = (torch.ops.transformers.grouped_mm_fallback, torch._grouped_mm)
 """The float32 form and the bfloat16 form of ``grouped_mm``; ``batched_mm`` has ``torch.bmm``."""
+
+KERNELS = (torch.ops.modes_fx.linear.default, torch.ops.modes_fx.linear_combine.default)
+
+ATEN = "compact, ATen"
+"""The compact dispatch as it is where the kernels cannot be used."""
 
 
 _OPTIMIZE = importlib.import_module("modes_fx.optimize")  # `modes_fx.optimize` is the function of that name
@@ -57,6 +64,14 @@ class GemmLog:
                     log.computed.append(int(offsets[-1]))
                     log.inputs.append(args[0].detach().clone())
                     log.experts.append(set(offsets.diff(prepend=offsets.new_zeros(1)).nonzero().flatten().tolist()))
+                if target in KERNELS:
+                    x, pairs, top_k = args[:3]
+                    gathered = x[pairs // top_k] if target is KERNELS[0] and pairs is not None else x
+                    offsets = args[-1 if target is KERNELS[0] else -2]
+                    log.rows.append(len(gathered))
+                    log.computed.append(int(offsets[-1]))
+                    log.inputs.append(gathered.clone())
+                    log.experts.append(set(offsets.diff().nonzero().flatten().tolist()))
                 if target is torch.bmm:
                     vectors = next(operand for operand in args if 1 in operand.shape[1:])
                     log.rows.append(len(vectors))
@@ -107,8 +122,27 @@ def compiled_block(
     **options: Any,
 ) -> Callable[..., Any]:
     """Return the block as dynamo traces it, rewritten, with a cache of graphs of its own; fullgraph."""
-    backend = SkipBackend(runtime, RULES[rule].keep, dispatch, compile_graph)
-    return compiled(getattr(block, "forward", block), backend, **options)
+    backend = SkipBackend(runtime, RULES[rule].keep, dispatch_of(dispatch), compile_graph)
+
+    def traced(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        with kernels(dispatch):
+            return backend(module, inputs)
+
+    return compiled(getattr(block, "forward", block), traced, **options)
+
+
+def dispatch_of(form: str) -> Any:
+    """Return the dispatch of a form, which may be ``ATEN``."""
+    return "compact" if form == ATEN else form
+
+
+@contextlib.contextmanager
+def kernels(form: str) -> Iterator[None]:
+    """Let the pass leave the kernels aside where the form is ``ATEN``."""
+    with pytest.MonkeyPatch.context() as patch:
+        if form == ATEN:
+            patch.setattr(kept_gemms, "why_not", lambda graph, site: "as a test wants it")
+        yield
 
 
 def compiled(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -135,7 +169,8 @@ class Capture:
 
         _allow_kept_lengths(module)
         self.graph, self.before = module, text(module)
-        self.rewritten = skip_experts(module, RULES["threshold"].keep, self.dispatch, 3)
+        with kernels(self.dispatch):
+            self.rewritten = skip_experts(module, RULES["threshold"].keep, dispatch_of(self.dispatch), 3)
         return module.forward
 
 

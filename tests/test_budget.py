@@ -17,8 +17,10 @@ from modes_fx.errors import PlanError
 from modes_fx.modality import PADDING, Tokens
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
+from modes_fx.regions import find_moe_layers
 from tests import oracle, tiny
 from tests.calib.conftest import with_answers
+from tests.families.vision import VISION
 from tests.harness import logits
 
 INF = math.inf
@@ -309,3 +311,16 @@ def test_the_bare_backend_refuses_a_budget(vlm: nn.Module, plan: SkipPlan) -> No
     compiled = torch.compile(vlm, backend="modes_fx", options={"plan": plan})
     with pytest.raises(Exception, match=r"mode 'budget' needs modes_fx\.optimize"):
         logits(compiled, tiny.text_batch(1, 3))
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_experts_for_one_modality_alone_have_no_budget() -> None:
+    model = next(family for family in VISION if family.name == "ernie4_5_vl_moe").build()
+    plan = plan_for(torch.rand(len(find_moe_layers(model)), 2, 256))
+    with pytest.raises(PlanError, match=r"experts of its own for each modality.*mode=\"fixed\""):
+        modes_fx.optimize(model, plan)
+    modes_fx.optimize(model, dataclasses.replace(plan, mode="fixed"))
+    before = optimized_state(model).runtime.bounds_in_force
+    with pytest.raises(PlanError, match=r"experts of its own"):
+        modes_fx.set_plan(model, plan)
+    assert optimized_state(model).runtime.bounds_in_force.equal(before)

@@ -3,21 +3,16 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import modes_fx
 from modes_fx import cli
 from modes_fx.cli import demo
 from modes_fx.demo import CHECKPOINT
 from tests import tiny
+from tests.command import run
 from tests.demo.test_report import REPORT
-
-
-def run(*arguments: str) -> Any:
-    return CliRunner().invoke(cli.app, list(arguments))
 
 
 def test_version() -> None:

@@ -6,28 +6,19 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from modes_fx import cli
 from modes_fx.calib.importance_file import ImportanceFile
 from modes_fx.cli.search import seconds
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from modes_fx.plan import SkipPlan
 from tests import harness, tiny
+from tests.command import run
 
 SMALL = ("--batch-size", "3", "--samples", "7")
 SEARCH = ("--targets", "0.5", "0.75", "--gammas", "0.5", "--grid-size", "4")
-
-
-def run(*arguments: object) -> Any:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +198,20 @@ def test_the_user_sets_the_share_of_bad_samples(folder: Path, tmp_path: Path) ->
         run("calibrate", CHECKPOINT, "--data", tmp_path, "--max-bad", "0.2", "--out", tmp_path / "importance.json")
     with pytest.raises(CalibrationError, match="Unknown method"):  # the data are taken: the next thing is refused
         run("calibrate", CHECKPOINT, "--data", tmp_path, "--max-bad", "0.3", "--method", "none", "--out", tmp_path / "i.json")
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_the_demo_brings_its_own_data_and_no_other_model_does(tmp_path: Path) -> None:
+    small = ("--samples", "5", "--batch-size", "5", "--method", "estimate", "--out", tmp_path / "importance.json")
+    assert "5 samples of 5 chosen from 96 in demo (built in)" in run("calibrate", "demo", *small).output
+    assert len(ImportanceFile.load(tmp_path / "importance.json").layers) == 8
+    with pytest.raises(CalibrationError, match=r"No data for .*checkpoint: pass --data"):
+        run("calibrate", CHECKPOINT, *small)
+    with pytest.raises(CalibrationError, match="No data for org/model"):
+        run("search", "org/model")
+    for option in ("--split", "--data-format"):
+        with pytest.raises(CalibrationError, match=f"{option} would be ignored"):
+            run("calibrate", "demo", *small, option, "gqa")
 
 
 def test_an_importance_of_impossible_numbers_is_refused(folder: Path, tmp_path: Path) -> None:

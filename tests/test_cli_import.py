@@ -8,7 +8,7 @@ import torch
 from modes_fx.demo import CHECKPOINT, load
 from modes_fx.errors import ModelError, PlanError
 from modes_fx.plan import SkipPlan
-from tests.test_cli_calibrate import run
+from tests.command import run
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,17 +18,14 @@ from tests.passes.conftest import FORMS, STOCK, Routing, assert_close, expected,
 from tests.passes.experts import check_experts
 
 DEVICE = "cuda"
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 CAPTURABLE = [("grouped_mm", torch.bfloat16), ("batched_mm", torch.float32), ("batched_mm", torch.bfloat16)]
 """transformers' grouped GEMM in float32 under a compiler reads its offsets on the host, skipped or not."""
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The bare backend, found by name through its entry point, with real Inductor code."""
 
-from collections.abc import Iterator
+import types
 
 import pytest
 import torch
@@ -11,19 +11,17 @@ from torch._inductor import compile_fx
 
 import modes_fx
 from modes_fx.errors import ModalityError, PlanError
+from modes_fx.graph_backend import GraphRuntime
+from modes_fx.passes.site import SiteRecord
+from modes_fx.passes.skip_experts import Binding
 from modes_fx.plan import PlanPoint, SkipPlan
 from tests import tiny
 from tests.harness import plan_of, relative_error, uncompiled
 from tests.oracle import Oracle, experts_of, random_bounds
 
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+
 LAYERS = tuple(f"model.layers.{i}.mlp.experts" for i in range(2))
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def run(model: nn.Module, options: dict[str, object], **inputs: Tensor) -> Tensor:
@@ -96,6 +94,60 @@ def test_embeddings_after_ids_do_not_get_the_older_modality() -> None:
             compiled(inputs_embeds=embeds, use_cache=False)
         with modes_fx.token_modality(torch.zeros_like(ids)):
             assert compiled(inputs_embeds=embeds, use_cache=False).logits.isfinite().all()
+
+
+def test_forwards_of_another_shape_than_the_tokens_given_use_their_own_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+    model = tiny.make("qwen3_moe")
+    ids = tiny.text_batch(1, 4)["input_ids"]
+    options = {"plan": SkipPlan.uniform(text=0.1, vision=0.3), "vision_token_ids": [int(ids[0, 1])]}
+    wanted = run(model, options, input_ids=ids)
+    with modes_fx.token_modality(torch.ones(1, 9, dtype=torch.int64)):
+        assert run(model, options, input_ids=ids).equal(wanted)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_a_model_does_not_get_the_tokens_of_another(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+    first, second = tiny.make("qwen3_moe"), tiny.make("qwen3_moe")
+    ids = tiny.text_batch(1, 4)["input_ids"]
+    plan = SkipPlan((PlanPoint(None, 0.1, 0.3),), ((0.5, 0.5), (0.5, 0.5)), LAYERS)
+    run(first, {"plan": plan, "vision_token_ids": [tiny.IMAGE]}, input_ids=ids)
+    options = {"plan": plan, "vision_token_ids": [tiny.IMAGE] if alike else [tiny.IMAGE, 1]}
+    with pytest.raises(ModalityError, match="token_modality"):
+        run(second, options, inputs_embeds=second.get_input_embeddings()(ids).detach())
+
+
+def test_what_layers_share_is_copied_to_their_device_once() -> None:
+    graph = fx.Graph()
+    graph.placeholder("ids")._dynamo_source = types.SimpleNamespace(name="L['input_ids']")
+    graph.output(())
+    plan = SkipPlan((PlanPoint(None, 0.5, 0.5),), rule="diep", tables=(((1.0, 0.5), (0.5, 1.0)),) * 2)
+    runtime = GraphRuntime(fx.GraphModule({}, graph), plan, None, None, None)
+    sites = [SiteRecord("histc", f"L['experts']['{name}']", "rewritten", num_experts=2) for name in "ab"]
+    first, second = (Binding(site, (0,), (site.source,), 1, lambda inputs: 3) for site in sites)
+    runtime._layer = lambda source: 0  # type: ignore[method-assign]  # told by paths, which are no part of this
+    weights = [torch.empty(2, 4, 4, device="meta") for _ in range(2)]
+    assert runtime.table(0, first, weights[0].device) is runtime.table(0, second, weights[1].device)
+    runtime.publishing(lambda *inputs: ())(torch.tensor([[1, 2, 3]]))
+    classes = [runtime.bind(binding, [weight])[1] for binding, weight in zip((first, second), weights, strict=True)]
+    with modes_fx.token_modality(torch.tensor([[0, 1, 1]])):
+        given = [runtime.bind(binding, [weight])[1] for binding, weight in zip((first, second), weights, strict=True)]
+    for one, other in (classes, given):
+        assert one is other
+        assert one.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.5}, r"PlanError.*A target \(0\.5\) needs a plan"),
+        ({"dispatch": "fast"}, r"ModesFxError.*Unknown dispatch 'fast'; known: auto, compact, static"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(BackendCompilerFailed, match=f"(?s){message}"):
+        run(tiny.make("qwen3_moe"), options, input_ids=tiny.text_batch(1, 4)["input_ids"])
 
 
 def test_a_layer_that_cannot_be_told_is_refused() -> None:

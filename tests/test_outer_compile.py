@@ -1,6 +1,6 @@
 """A torch.compile around an optimised model: dynamo inlines blocks and passes their compiled calls by, yet all is skipped."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,10 +50,8 @@ def compiled_in_place_before(model: nn.Module) -> tuple[Any, nn.Module]:
 
 
 @pytest.fixture
-def text_model() -> Iterator[nn.Module]:
-    torch._dynamo.reset()
-    yield tiny.make("qwen3_moe")
-    torch._dynamo.reset()
+def text_model(fresh_dynamo: None) -> nn.Module:
+    return tiny.make("qwen3_moe")
 
 
 @pytest.fixture
@@ -120,10 +118,10 @@ def test_generate_with_its_own_compilation_skips(text_model: nn.Module) -> None:
     assert hasattr(text_model, "_compiled_call")  # generate did compile
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("case", ["deepseek", "llama4"])
 def test_converted_blocks_skip_or_are_refused(case: str) -> None:
     """Some blocks break the outer graph, and then their stand-ins run; others are inlined, and nothing would be skipped."""
-    torch._dynamo.reset()
     model = modes_fx.optimize(CASES[case].make(), PLAN)
     inputs = tiny.text_batch()
     expected = logits(model, inputs)
@@ -133,4 +131,3 @@ def test_converted_blocks_skip_or_are_refused(case: str) -> None:
             logits(outer, inputs)
     else:
         assert (logits(outer, inputs) - expected).abs().max() <= 1e-5
-    torch._dynamo.reset()

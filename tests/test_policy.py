@@ -12,7 +12,7 @@ from modes_fx.policies.reduce_k import among_largest
 from modes_fx.policies.threshold import at_least_threshold
 from tests import oracle
 
-FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+FAST = settings(max_examples=40)
 WEIGHTS = st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_size=4, max_size=4), min_size=1, max_size=5).map(
     torch.tensor
 )

@@ -80,6 +80,15 @@ def test_recording_is_off_until_asked_for_and_after_the_block() -> None:
     assert not stats.recording
 
 
+def test_an_inner_block_does_not_stop_the_outer_one() -> None:
+    stats = SkipStats(("only",))
+    with stats:
+        with stats, stats.counting():
+            assert stats.recording
+        assert stats.recording
+    assert not stats.recording
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_counting_goes_back_to_what_was(before: bool) -> None:
     stats = SkipStats(("only",))

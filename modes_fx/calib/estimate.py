@@ -9,9 +9,9 @@ since the labels are drawn independently and the expected gradient is zero, so t
 One backward gives the gradient of all scales at once: of every layer, modality and sequence.
 
 NOTE [how far to trust it] Skipping is no small step, and where the model is sure of an answer its Fisher information is next to
-nothing: what costs much is underestimated, by two orders of magnitude in the embedded model's last layer. Rank correlation with
-measured importance there: 0.69 for text, 0.98 for vision. Plans searched with it lost 3.0e-5 nats at 75% skipped (3.4e-5 with
-the measured one) and 9.9e-4 at 87.5% (7.6e-4), on other data (``benchmarks/calibration.py alpha``, 96 samples, float32).
+nothing: what costs much is underestimated. Rank correlation with measured importance in the embedded model: 0.69 for text, 0.98
+for vision. Plans searched with it lost 3.0e-5 nats at 75% skipped (3.4e-5 with the measured one) and 9.9e-4 at 87.5% (7.6e-4),
+on other data (``benchmarks/calibration.py alpha``, 96 samples, float32).
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def estimate(
     columns: Sequence[Sequence[int]],
     *,
     samples: int = SAMPLES,
-    seed: int = 0,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, int, float]:
     """Estimate what skipping each layer costs, on the uncompiled model; activations are kept, parameters get no gradients.
@@ -49,7 +48,6 @@ def estimate(
         data: Its batches; see ``Objective``.
         columns: Modalities whose tokens skip a layer together.
         samples: Answers drawn for each sequence, each a backward.
-        seed: Of the draws.
         on_step: Called with (batches done, batches in all).
 
     Returns:
@@ -59,7 +57,7 @@ def estimate(
     state = optimized_state(model)
     answers, tokens = Answers(model), 0
     kl = torch.zeros(len(state.layers), len(MODALITIES), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     state.runtime.set_bounds(torch.full(kl.shape, state.runtime.rule.keep_all))
     with _scaled(state) as scales:
         for done, batch in enumerate(data, start=1):

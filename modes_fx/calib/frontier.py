@@ -69,12 +69,11 @@ class FrontierResult:
         points: One point a target, in the order given; None where no evaluated point reaches the target. With a
             monotone g that means that none on the grid does.
         f_evaluations: Calls of f made.
-        g_evaluations: Calls of g made.
         lower_bounds: For each target what no point of the grid that reaches it can cost less than, in nats, by the evaluations
             made; -inf while they say nothing. The point's own loss where the search is complete (with ``better_than``, the
             smaller of the two), infinite where nothing reaches the target. It rests on f and g being monotone.
         complete: Whether the search went on to the end; False where ``should_stop`` ended it.
-        evaluations: Grid points at which f or g was called: the forward passes, where one pass gives both.
+        evaluations: Grid points at which g was called, at some f too: the forward passes, where one pass gives both.
         exhaustive: Points on the grid.
         violations: Decreases seen, at most one (the largest) for each function and upper point. Empty means that the
             evaluated points are consistent with monotone f and g. Where it is not, each point still meets its target
@@ -86,7 +85,6 @@ class FrontierResult:
     lower_bounds: tuple[float, ...]
     complete: bool
     f_evaluations: int
-    g_evaluations: int
     evaluations: int
     exhaustive: int
     violations: tuple[Violation, ...]
@@ -151,7 +149,6 @@ def frontier_search(
         lower_bounds=tuple(search.lower_bound(target) for target in targets),
         complete=search.complete,
         f_evaluations=len(search.losses),
-        g_evaluations=len(search.ratios),
         evaluations=len(search.ratios),
         exhaustive=len(taus_text) * len(taus_vision),
         violations=tuple(

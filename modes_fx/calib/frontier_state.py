@@ -96,10 +96,6 @@ class LocalModel:
         self._prior = prior
         self._samples: list[tuple[int, int, float]] = []
 
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        return len(self._samples)
-
     def add(self, q: int, p: int, value: float) -> None:
         """Add the value seen at ``(q, p)``; infinite ones are left out, for no fit survives them."""
         residual = value - (self._prior(q, p) if self._prior else 0.0)

@@ -9,7 +9,8 @@ Accepted as importance, one number for each MoE layer and, mostly, modality:
     rows                               a list, tensor or array [L, 2] of (text, vision), or a list of {modality: number}
 
 A layer is an integer, or text with one integer in it (``"layers.3.mlp"``); they count in that order. A modality is ``text`` or
-``language``, or ``vision``, ``visual`` or ``image``. A dict may hold all this under ``importance`` or ``alpha``.
+``language``, or ``vision``, ``visual`` or ``image``. A number may be a tensor of one element. A dict may hold all this under
+``importance`` or ``alpha``.
 
 Accepted as thresholds: ``{"tau_text": number, "tau_vision": number}`` (``_t``; ``_v``, ``_visual``, ``_image``), perhaps with
 its ``target`` (``target_ratio``, ``skip_ratio``, ``ratio``, ``rho``); a list of such; or ``{target: such}``.
@@ -134,7 +135,7 @@ def _row(value: Any) -> Row:
     if isinstance(value, Mapping):
         text, vision = _by_modality(value)
         return _number(text), _number(vision)
-    if isinstance(value, list):
+    if isinstance(value, list) and len(value) != 1:
         if len(value) != 2:
             raise PlanError(f"each layer has {_describe(value)}, expected a number or (text, vision).")
         return _number(value[0]), _number(value[1])

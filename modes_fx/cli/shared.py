@@ -13,6 +13,8 @@ import typer
 import typer.core
 
 from modes_fx.cli.terminal import Bars, be_quiet, console
+from modes_fx.errors import CalibrationError
+from modes_fx.loading import DEMO
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from modes_fx.data import Samples
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, the id of a hub model, or `demo`.")]
-DataOption = Annotated[Path, typer.Option("--data", help="File or folder with questions, images and answers.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="File or folder with questions, images and answers; left out for `demo`, which has its own."),
+]
 FormatOption = Annotated[
     str | None, typer.Option("--data-format", help="Layout of the data; found out from the files if left out.")
 ]
@@ -42,6 +47,8 @@ JournalOption = Annotated[
         dir_okay=False, writable=True, help="File to keep each measurement in; a run that was cut off goes on from it."
     ),
 ]
+
+_DEMO_IMAGES = 12  # as `modes-fx demo` takes, with 8 questions each
 
 
 class SeveralValues(typer.core.TyperCommand):
@@ -78,7 +85,7 @@ class Source:
     """Where samples come from, and how many to draw.
 
     Attributes:
-        path: File or folder.
+        path: File or folder; None stands for the demo's own questions, of which there are 96.
         format: Its layout; None finds it out.
         split: One of its splits, or None.
         samples: How many to draw.
@@ -86,7 +93,7 @@ class Source:
         max_bad: Share of them that may be unusable.
     """
 
-    path: Path
+    path: Path | None
     format: str | None
     split: str | None
     samples: int
@@ -101,9 +108,34 @@ class Source:
         """
         from modes_fx.data import load_samples
 
+        if self.path is None:
+            return self._of_the_demo()
         return load_samples(
             self.path, limit=self.samples, seed=self.seed, format=self.format, split=self.split, max_bad=self.max_bad
         )
+
+    def _of_the_demo(self) -> Samples:
+        from modes_fx.data import LoadReport, Sample, Samples
+        from modes_fx.demo import make_samples
+
+        drawn = make_samples("calibration", _DEMO_IMAGES, self.seed)
+        chosen = [Sample(str(i), each.question, each.answer, (each.image,)) for i, each in enumerate(drawn[: self.samples])]
+        return Samples(chosen, LoadReport(DEMO, "built in", len(drawn), len(chosen), {}, ()))
+
+
+def check_data(model: str, source: Source) -> None:
+    """See that a model has data, and that no option for them is ignored.
+
+    Raises:
+        CalibrationError: It has not, or one would be.
+    """
+    if source.path is not None:
+        return
+    if model != DEMO:
+        raise CalibrationError(f"No data for {model}: pass --data. Only the model `{DEMO}` brings its own.")
+    for option, value in (("--data-format", source.format), ("--split", source.split)):
+        if value is not None:
+            raise CalibrationError(f"{option} would be ignored: the demo's built-in data are used. Pass --data too.")
 
 
 @contextmanager

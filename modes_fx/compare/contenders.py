@@ -99,12 +99,13 @@ CONTENDERS: dict[str, Contender] = {
     "tempered": Contender("tempered", "threshold", _ALPHA, GAMMAS),
 }
 
-_OWN = ("tempered", "modes", "dmt", "gmlg", "threshold")
+ABLATION = ("threshold", "gmlg", "dmt", "modes", "tempered")
+"""The parts of the method: alone, together, and with gamma free."""
 
 
 def own_rule(names: Sequence[str]) -> str:
-    """Return which of several rules is looked at closely: the one that does most of what this package does, or the last."""
-    return next((name for name in _OWN if name in names), names[-1])
+    """Return which of several rules is looked at closely: the one with most of the method's parts, or else the last."""
+    return next((name for name in reversed(ABLATION) if name in names), names[-1])
 
 
 def contender(name: str) -> Contender:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modes_fx import strict_json
+from modes_fx.compare.contenders import ABLATION
 from modes_fx.compare.page import write_comparison_page
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
@@ -38,15 +38,15 @@ def write(
     facts = {
         "settings": dict(settings),
         "rows": [asdict(row) for row in means],
+        "ablation": [name for name in ABLATION if any(row.rule == name for row in means)],
         "models": {name: asdict(each) for name, each in comparisons.items()},
     }
-    plain = _plain(facts)
     lines = [{"model": name, **row.flat()} for name, each in comparisons.items() for row in each.rows]
     if len(comparisons) > 1:
         lines += [{"model": "mean", **row.flat()} for row in means]
     return (
-        write_comparison_page(plain, closeup, out / "compare.html"),
-        write_atomically(out / "compare.json", json.dumps(plain, indent=2, allow_nan=False) + "\n"),
+        write_comparison_page(facts, closeup, out / "compare.html"),
+        write_atomically(out / "compare.json", strict_json.dumps(facts)),
         write_atomically(out / "compare.csv", _as_csv(lines)),
     )
 
@@ -58,14 +58,3 @@ def _as_csv(lines: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """Make a structure fit for standard JSON, which has neither NaN nor infinity."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value

@@ -75,8 +75,8 @@ def _headline(facts: Facts) -> str:
     if "retained" in metrics:
         ends = between(best["intervals"].get("retained"))
         values.insert(1, (percent(metrics["retained"]), f"of the unskipped score is retained ({ends}%)"))
-    for phase, said in (("prefill", "as fast as stock transformers in prefill"), ("decode", "as fast in decoding")):
-        if phase in best["speed"]:
+    for phase, said in (("prefill", "as fast as stock's fastest setting in prefill"), ("decode", "as fast in decoding")):
+        if not math.isnan(best["speed"].get(phase, math.nan)):
             share = f", where {percent(skipped[phase])} are skipped" if phase in skipped else ""
             values.append((times(best["speed"][phase]), said + share))
     rivals = [row for row in met if row["target"] == most and row["rule"] != best["rule"]]
@@ -105,11 +105,13 @@ def _quality(facts: Facts) -> list[Drawing]:
 
 def _speed(facts: Facts) -> list[str]:
     if not any(row["speed"] for row in facts["rows"]):
-        return [paragraph("Not timed. The option --speed times prefill and decoding against stock transformers.", "missing")]
-    drawings, caption = [], "Higher is better. Over what this phase itself skipped."
-    for phase, title in (("prefill", "Prefill, times as fast as stock"), ("decode", "Decoding, times as fast as stock")):
+        said = "Not timed. The option --speed times prefill and decoding against stock transformers' fastest setting."
+        return [paragraph(said, "missing")]
+    drawings, caption = [], "Higher is better. Bars go from the slowest to the fastest round."
+    for phase, said in (("prefill", "Prefill"), ("decode", "Decoding")):
         found = _lines_of(facts, "speed", phase, phase)
         if found:
+            title = f"{said}, times as fast as stock's fastest"
             drawings.append(Drawing(title, draw_lines(found, factor, (1.0, "stock")), caption, _TALL_IN))
     return [figures(drawings)]
 
@@ -120,14 +122,16 @@ def _lines_of(facts: Facts, table: str, name: str, ratio: str) -> list[Line]:
     found = []
     for rule in dict.fromkeys(row["rule"] for row in facts["rows"]):
         rows = [row for row in facts["rows"] if row["rule"] == rule and name in row[table] and ratio in row["skipped"]]
+        rows = [row for row in rows if not math.isnan(row[table][name])]
         rows.sort(key=lambda row: row["skipped"][ratio])
         if not rows:
             continue
-        ends = tuple(tuple(row["intervals"][name]) for row in rows if name in row["intervals"])
+        known = "speed_range" if table == "speed" else "intervals"
+        ends = tuple((row[known][name][0], row[known][name][1]) for row in rows if name in row[known])
         each = [row for model in models.values() for row in model["rows"] if row["rule"] == rule] if len(models) > 1 else []
         shown = (row for row in each if name in row[table] and ratio in row["skipped"])
         single = tuple((row["skipped"][ratio], row[table][name]) for row in shown)
-        x, y = [row["skipped"][ratio] for row in rows], [_number(row[table][name]) for row in rows]
+        x, y = [row["skipped"][ratio] for row in rows], [row[table][name] for row in rows]
         found.append(Line(rows[0]["title"], x, y, ends if len(ends) == len(rows) else (), single, rule == own))
     return found
 
@@ -180,7 +184,7 @@ def _shown(facts: Facts) -> str:
 def _note_on_intervals(facts: Facts) -> str:
     if len(facts["models"]) > 1:
         number = len(facts["models"])
-        said = f"Lines are means over {number} models, faint dots the models; bands and bars go from least to most."
+        said = f"Lines are means over {number} models, faint dots the models; bands and bars are 95% intervals of the mean (t)."
     else:
         said = "Bands and bars are 95% intervals over samples, by a paired bootstrap."
     return paragraph(said + " A line ends where its rule cannot skip more.", "quiet")
@@ -195,6 +199,7 @@ def _measured(facts: Facts) -> list[str]:
         },
         "Data, hashes": dict(settings.get("data_hash", {})),
         "Unskipped score": {Path(name).name: percent(model["unskipped"]["score"]) for name, model in facts["models"].items()},
+        "Stock's fastest": next(iter(facts["models"].values()))["stock"].get("fastest", {}),
         "Versions": {name.replace("_", "-"): value for name, value in settings.get("versions", {}).items()},
     }  # fmt: skip
     said = (
@@ -206,7 +211,3 @@ def _measured(facts: Facts) -> list[str]:
 
 def _own(facts: Facts) -> str:
     return str(next(iter(facts["models"].values()))["own"])
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan

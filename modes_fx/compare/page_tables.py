@@ -51,7 +51,7 @@ def everything(facts: Mapping[str, Any]) -> list[str]:
     """Return all rows, by target; the least KL divergence of each stands out."""
     rows = facts["rows"]
     timed = any(row["speed"] for row in rows)
-    ratios = ("all", "text", "vision", "decode") if timed else ("all", "text", "vision")
+    ratios = ("all", "text", "vision", "prefill", "decode") if timed else ("all", "text", "vision")
     own = next(iter(facts["models"].values()))["own"]
     cells: list[Sequence[str]] = []
     best, strong = [], []
@@ -75,7 +75,8 @@ def everything(facts: Mapping[str, Any]) -> list[str]:
         *([("Speed", ("prefill", "decode"))] if timed else []),
         ("Thresholds", ("γ", "τ text", "τ vision")),
     ]
-    said = "Skipped in prefill, and where it says so in decoding. Flips: answer tokens whose most likely token changes."
+    said = "Prefill and decode: of the timed prompts. " if timed else ""
+    said += "Flips: answer tokens whose most likely token changes."
     if any(row["status"] == "overshot" for row in rows):
         said += " Marked ↑: the rule has no setting nearer above its target."
     return [table("All rules", groups, cells, best, strong), paragraph(said, "quiet")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from modes_fx.regions import MoeLayer
 
 
+_called: ContextVar[frozenset[object]] = ContextVar("modes_fx_called_stand_ins", default=frozenset())
+"""Whose stand-ins the running forward has called; a context variable, since forwards of other threads end at any time."""
+
+
 class Conversions:
     """The stand-ins of one optimised model.
 
@@ -26,7 +31,7 @@ class Conversions:
 
     def __init__(self) -> None:
         self._done: dict[nn.Module, tuple[StandIn, Any]] = {}
-        self._called = False
+        self._key = object()
 
     def __len__(self) -> int:
         return len(self._done)
@@ -54,7 +59,7 @@ class Conversions:
         return converted, refused
 
     def _note_call(self) -> None:
-        self._called = True
+        _called.set(_called.get() | {self._key})
 
     def check_called(self) -> None:
         """Refuse what passes all stand-ins by: a trace around the model inlines the blocks' own code.
@@ -62,12 +67,13 @@ class Conversions:
         Raises:
             ModelError: A forward has ended, and no stand-in was called since the last one.
         """
-        if self._done and not self._called:
+        called = _called.get()
+        _called.set(called - {self._key})
+        if self._done and self._key not in called:
             raise ModelError(
                 f"A forward ran {type(next(iter(self._done))).__name__}'s own code and skipped nothing: a torch.compile around "
                 "the model passes its converted blocks by. Run it without, or call modes_fx.restore(model)."
             )
-        self._called = False
 
     def undo(self, place: nn.Module | None = None) -> None:
         """Give one block, or all, their own call and weights back."""

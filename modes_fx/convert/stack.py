@@ -66,7 +66,7 @@ class StackedExperts(DispatchedExperts):
 
     def is_stale(self) -> bool:
         """Return whether some expert's weight is no view into the stack any more: moved, cast or replaced."""
-        # To ask 192 tensors for their address takes 0.1 ms, a good part of a decoding step. Loading replaces parameters, which
+        # To ask each tensor for its address would be a good part of a decoding step. Loading replaces parameters, which
         # is seen at once; casting and moving change the data of all: one of them, in turn, is asked.
         self._asked = (self._asked + 1) % len(self._views)
         replaced = not all(map(operator.is_, [owner["weight"] for owner in self._owners], self._views))

@@ -81,7 +81,7 @@ def lines(parts: Iterable[str]) -> str:
 
 def percent(share: float | None, digits: int = 1) -> str:
     """Write a share as per cent."""
-    return ABSENT if share is None else f"{100 * share:.{digits}f}%"
+    return ABSENT if share is None or share != share else f"{100 * share:.{digits}f}%"
 
 
 def target(ratio: float) -> str:
@@ -91,7 +91,7 @@ def target(ratio: float) -> str:
 
 def short(value: float | None) -> str:
     """Write three significant digits; whole numbers in full, very small ones with a power of ten."""
-    if value is None:
+    if value is None or value != value:
         return ABSENT
     if 0 < abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
@@ -106,7 +106,7 @@ def power(exponent: int) -> str:
 
 def times(ratio: float | None) -> str:
     """Write a factor."""
-    return ABSENT if ratio is None else f"{ratio:.2f}×" if ratio < 10 else f"{ratio:,.0f}×"
+    return ABSENT if ratio is None or ratio != ratio else f"{ratio:.2f}×" if ratio < 10 else f"{ratio:,.0f}×"
 
 
 def between(ends: Interval | None) -> str:

@@ -46,9 +46,15 @@ def find(graph: fx.Graph) -> Iterator[fx.Node]:
     for node in graph.nodes:
         if calls(node, torch.bmm):
             for operand in node.all_input_nodes:
-                if gathers(operand) and len(shape_of(input_of(operand))) == 3 and input_of(operand, 1) not in seen:
+                if _gathers_matrices(operand) and input_of(operand, 1) not in seen:
                     seen.add(input_of(operand, 1))
                     yield node
+
+
+def _gathers_matrices(node: fx.Node) -> bool:
+    source = node.args[0] if gathers(node) else None
+    value = source.meta.get("example_value") if isinstance(source, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.dim() == 3
 
 
 def match(bmm: fx.Node) -> RoutingSite:
@@ -58,7 +64,7 @@ def match(bmm: fx.Node) -> RoutingSite:
         Reject: With the code ``NOT_A_DISPATCH``, ``EXPERT_PARALLEL``, ``WEIGHTS_HAVE_OTHER_USERS``, ``BODY_MIXES_ROWS``,
             ``BODY_HAS_FIXED_ROWS``, ``NO_EXPERT_WEIGHTS`` or ``OUTPUT_WIDTH``.
     """
-    matrices = next(node for node in bmm.all_input_nodes if gathers(node))
+    matrices = next(node for node in bmm.all_input_nodes if _gathers_matrices(node))
     expert_ids = input_of(matrices, 1)
     if is_method(expert_ids, "clamp"):
         raise Reject("EXPERT_PARALLEL", "expert ids hold sentinels of expert parallelism", expert_ids)
@@ -92,6 +98,7 @@ def match(bmm: fx.Node) -> RoutingSite:
         body=tuple(node.name for node in body),
         weighted=weighted.name,
         combined=combined.name,
+        counting=(),
         scaffold=(repeated.name, view.name, combined.name),
         weight_inputs=weight_inputs(input_of(matrices)),
     )

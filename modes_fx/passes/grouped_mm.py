@@ -77,7 +77,7 @@ def match(histc: fx.Node) -> RoutingSite:
     check_sum(view, combined, hidden, top_k)
     check_weights(weights_g, weighted)
     by_expert = [node for node in sorted_ids.users if gathers(node, sorted_ids)]  # biases
-    body = body_between([gathered, weights_g, *by_expert], weighted)
+    body = body_between([gathered, weights_g, *by_expert], weighted, offsets)
     gemms = [node for node in body if offsets in node.all_input_nodes]
     counts = [node for node in histc.all_input_nodes if node is not sorted_ids]
     filling = [node for node in inverse.users if calls(node, operator.setitem)]  # inverse[perm] = arange(S)
@@ -94,7 +94,9 @@ def match(histc: fx.Node) -> RoutingSite:
     check_users(view, {combined})
     if not gemms:
         raise Reject("NOT_A_DISPATCH", "no grouped GEMM takes the offsets", offsets)
-    numbers = [source for node in filling for source in node.all_input_nodes if source is not inverse]
+    numbers = [input_of(node, 2) for node in filling]
+    if [node.args[1] for node in filling] != [perm] or not (calls(numbers[0], torch.arange) and len(numbers[0].args) == 1):
+        raise Reject("NOT_A_DISPATCH", "order not restored", inverse)
     order = {sort, sorted_ids, perm, pair_token, gathered, weights_g, inverse, restored, view, combined}
     return RoutingSite(
         form=FORM,
@@ -111,6 +113,7 @@ def match(histc: fx.Node) -> RoutingSite:
         body=tuple(node.name for node in body),
         weighted=weighted.name,
         combined=combined.name,
+        counting=tuple(node.name for node in in_order({histc, offsets, *counts})),
         scaffold=tuple(node.name for node in in_order({*order, *filling, *numbers, *lengths})),
         weight_inputs=weight_inputs(input_of(gemms[0], 1)),
     )

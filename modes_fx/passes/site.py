@@ -44,6 +44,7 @@ class RoutingSite:
         body: Nodes from ``row_hidden`` to ``weighted``, in graph order: everything that runs on rows.
         weighted: [S, H], expert outputs times weights.
         combined: [T, H], sum over a token's K pairs.
+        counting: Nodes that count the rows of each expert; empty where GEMMs need no counts.
         scaffold: Nodes of no use where not all pairs are rows: the stock order, its undoing, the sum.
         weight_inputs: Placeholders from which the first GEMM's expert weights come.
     """
@@ -62,6 +63,7 @@ class RoutingSite:
     body: tuple[str, ...]
     weighted: str
     combined: str
+    counting: tuple[str, ...]
     scaffold: tuple[str, ...]
     weight_inputs: tuple[str, ...]
 
@@ -80,6 +82,7 @@ class SiteRecord:
         dispatch: Form put in its place, ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, or 0 when unknown.
         num_experts: E, or 0 when unknown.
+        gemms: ``"kernels"``, or why the experts' GEMMs are ATen's.
     """
 
     anchor: str
@@ -91,3 +94,4 @@ class SiteRecord:
     dispatch: str = ""
     top_k: int = 0
     num_experts: int = 0
+    gemms: str = ""

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from modes_fx.passes import batched_mm, compact, grouped_mm, static
+from modes_fx.passes import batched_mm, compact, grouped_mm, kept_gemms, static
 from modes_fx.passes.emit import fake_mode_of, under_fake
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
 from modes_fx.policies import KeepRule, table_shape, takes_table
@@ -132,14 +132,18 @@ def _rewrite_all(
     for index, site in enumerate(sites):
         hidden = node[site.hidden_TH].meta["example_value"]
         form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
+        why_not = kept_gemms.why_not(graph, site) if form == "compact" else "static dispatch"
+        rewrite = _REWRITES[form] if why_not else kept_gemms.rewrite
         try:
-            outputs.append(_REWRITES[form](graph, site, rule, *added[index]))
+            token_count = _size_of(hidden.shape[0], original)
+            outputs.append(rewrite(graph, site, rule, *added[index]))
         except Reject as reason:
             raise _SiteRejectedError(site, reason) from reason
         sources = tuple(source_of(original[position[name]]) for name in site.weight_inputs)
-        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, site.top_k, site.num_experts)
+        sizes = (site.top_k, site.num_experts)
+        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, *sizes, why_not or "kernels")
         weight_inputs = tuple(position[name] for name in site.weight_inputs)
-        bindings.append(Binding(record, weight_inputs, sources, site.top_k, _size_of(hidden.shape[0], original)))
+        bindings.append(Binding(record, weight_inputs, sources, site.top_k, token_count))
     output = next(item for item in graph.nodes if item.op == "output")
     output.args = ((*output.args[0], *outputs),)
     graph.lint()
@@ -158,7 +162,11 @@ def _placeholder(graph: fx.Graph, name: str, shape: tuple[Any, ...], dtype: torc
 
 
 def _size_of(size: int | torch.SymInt, placeholders: Sequence[fx.Node]) -> Callable[[Sequence[Any]], int]:
-    """Return a function of the graph's run-time inputs that computes a size that dynamo may have made symbolic."""
+    """Return a function of the graph's run-time inputs that computes a size that dynamo may have made symbolic.
+
+    Raises:
+        Reject: ``TOKENS_UNKNOWN`` when it depends on more than the inputs' sizes.
+    """
     if isinstance(size, int):
         return lambda inputs: size
     expression = size.node.expr
@@ -172,6 +180,9 @@ def _size_of(size: int | torch.SymInt, placeholders: Sequence[fx.Node]) -> Calla
                 if isinstance(extent, torch.SymInt):
                     where.setdefault(extent.node.expr, (position, dim))
     symbols = sorted(expression.free_symbols, key=str)
+    if unknown := [str(symbol) for symbol in symbols if symbol not in where]:
+        which = f"the number of tokens, {expression}, depends on data"
+        raise Reject("TOKENS_UNKNOWN", f"{which}: no input of the graph has the size {', '.join(unknown)}")
     compute = sympy.lambdify(symbols, expression, modules="math")
     places = [where[symbol] for symbol in symbols]
 

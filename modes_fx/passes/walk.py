@@ -101,10 +101,11 @@ def check_sum(view: fx.Node, combined: fx.Node, hidden: fx.Node, top_k: int) -> 
         raise Reject("OUTPUT_WIDTH", "the experts' output is not as wide as their input", view, hidden)
 
 
-def body_between(starts: list[fx.Node], end: fx.Node) -> list[fx.Node]:
+def body_between(starts: list[fx.Node], end: fx.Node, offsets: fx.Node | None = None) -> list[fx.Node]:
     """Return, in graph order, all that runs on rows of pairs: what depends on ``starts``, up to and with ``end``.
 
     In-place calls have no users but belong to it. Each node works row by row, and none but ``end`` is used outside.
+    ``offsets`` are the ends of the groups of rows, where rows are sorted by expert.
     """
     inside = dict.fromkeys(starts)
     for node in end.graph.nodes:
@@ -114,7 +115,7 @@ def body_between(starts: list[fx.Node], end: fx.Node) -> list[fx.Node]:
         if node.op not in ("call_function", "call_method"):
             raise Reject("BODY_MIXES_ROWS", f"rows of pairs reach {node.name} outside the dispatch", node)
         if node not in starts:
-            rowwise.check(node, inside)
+            rowwise.check(node, inside, offsets)
         if not node.users and not rowwise.is_in_place(node):
             raise Reject("BODY_MIXES_ROWS", f"rows of pairs of {node.name} are left unused", node)
     if end not in inside:
@@ -132,8 +133,12 @@ def weight_inputs(weight: fx.Node) -> tuple[str, ...]:
     """Return the placeholders that experts' weights are made of: by them a layer is told from another at run time."""
     found: list[str] = []
     queue = [weight]
+    seen: set[fx.Node] = set()  # or what several nodes share would be walked once for each way to it
     while queue:
         node = queue.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
         value = node.meta.get("example_value")
         if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() >= 2:
             found.append(node.name)

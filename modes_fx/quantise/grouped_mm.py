@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # One row reads the int8 weight once with _weight_int8pack_mm, where a conversion to bfloat16 reads and writes it first; many
-# rows share the conversion. For 1536 x 2048 on one thread: 0.2 against 1.0 ms for 1 row, 2.5 against 1.7 ms for 32.
+# rows share the conversion.
 _FEW_ROWS = 16
 
 

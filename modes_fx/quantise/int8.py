@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.quantization import Int8Tensor
 
+from modes_fx.errors import ModelError
 from modes_fx.quantise.grouped_mm import grouped_mm_int8
 
 aten = torch.ops.aten
@@ -49,8 +50,13 @@ def _transpose(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
     rows, weight, offsets = rows_weight_offsets(args, kwargs)
     if (reason := refusal(weight)) is not None:
-        raise NotImplementedError(reason)
+        raise ModelError(f"These experts' weights cannot be multiplied by: {reason}.")
     return grouped_mm_int8(rows, weight.qdata, weight.scale, weight.zero_point, offsets)
+
+
+def in_few_bits(weight: Any) -> bool:
+    """Return whether a weight is stored in 8 or 4 bits, for the product by expert that is added here."""
+    return isinstance(weight, Int8Tensor) or type(weight).__module__ == "modes_fx.quantise.int4"  # which torchao may lack
 
 
 def refusal(weight: Any) -> str | None:

@@ -1,5 +1,8 @@
 """Data with answers for a tiny vision-language model."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,16 @@ def with_answers(seed: int, *, side: str = "left") -> Batch:
 
 def without_labels(batch: Batch) -> Batch:
     return {key: value for key, value in batch.items() if key != "labels"}
+
+
+class Malicious:
+    """Pickled, it is a call."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
 
 
 def oracle_kl(batches: list[Batch], bounds: Tensor) -> tuple[float, Tensor, Tensor]:

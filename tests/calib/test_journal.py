@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modes_fx.calib.journal import Journal
+from modes_fx.calib.journal import Journal, opened
 from modes_fx.errors import CalibrationError
 
 ABOUT = {"model": "m", "data": "d", "versions": {"torch": "2"}}
@@ -50,7 +50,7 @@ def test_without_a_path_entries_are_kept_in_memory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(cut=st.integers(0, 400), garbage=st.binary(max_size=5).filter(lambda tail: b"\n" not in tail))
 def test_cut_anywhere_it_keeps_the_whole_lines_and_goes_on(tmp_path: Path, cut: int, garbage: bytes) -> None:
     path = tmp_path / "journal.jsonl"
@@ -141,3 +141,16 @@ def test_a_full_disk_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("modes_fx.calib.journal.os.fsync", full)
     with pytest.raises(CalibrationError, match=r"No space left.*make room"):
         journal.add(*ENTRIES[0])
+
+
+def test_parts_of_a_journal_share_its_file_and_keep_their_entries_apart(tmp_path: Path) -> None:
+    whole = Journal(tmp_path / "journal.jsonl", {"model": "a"})
+    first, second = whole.under("first"), whole.under("second", 2)
+    first.add(("key", 0.5), {"value": 1})
+    second.under("deeper").add(("key", 0.5), {"value": 2})
+    assert second.get(("key", 0.5)) is None
+    read = opened(tmp_path / "journal.jsonl", lambda: {"model": "a"})
+    assert read.under("first").get(("key", 0.5)) == {"value": 1}
+    assert read.get(("second", 2, "deeper", "key", 0.5)) == {"value": 2}
+    assert opened(read, lambda: {}) is read
+    assert len(read) == len(first) == 2

@@ -83,20 +83,14 @@ def test_without_a_group_there_is_one_process() -> None:
 @pytest.mark.usefixtures("without_inductor")
 def test_a_search_that_is_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"
-    process = start("slow_search", journal, stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    for _ in range(5):
-        assert process.stdout.readline() == "trial\n"
-    process.send_signal(signal.SIGKILL)
-    said = 5 + len(process.communicate(timeout=60)[0].splitlines())
-    assert process.returncode == -signal.SIGKILL
+    process = start("killed_search", journal, 5)
+    assert process.wait(timeout=240) == -signal.SIGKILL
     journal.write_bytes(journal.read_bytes() + b'{"key": ["trial", 0.5')  # as if cut off in the middle of a line
 
-    settings = {"gammas": (0.5, 1.0), "grid_size": 6}
     batches = [worker.batch(0)]
-    resumed = search(tiny.make(), batches, worker.IMPORTANCE, worker.TARGETS, journal=journal, **settings)
-    whole = search(tiny.make(), batches, worker.IMPORTANCE, worker.TARGETS, **settings)
+    resumed = search(tiny.make(), batches, worker.IMPORTANCE, worker.TARGETS, journal=journal, **worker.SEARCH)
+    whole = search(tiny.make(), batches, worker.IMPORTANCE, worker.TARGETS, **worker.SEARCH)
     facts, wanted = resumed.provenance["search"], whole.provenance["search"]
-    assert said <= facts["from_journal"] < facts["evaluations"] == wanted["evaluations"]
+    assert facts["from_journal"] == 5 < facts["evaluations"] == wanted["evaluations"]
     assert resumed.points == whole.points
     assert len(journal.read_text().splitlines()) == 1 + 2 + wanted["evaluations"]  # the header, a grid for each gamma

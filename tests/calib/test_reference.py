@@ -13,6 +13,7 @@ from modes_fx.calib import import_reference
 from modes_fx.errors import PlanError
 from modes_fx.plan import SkipPlan
 from tests import tiny
+from tests.calib.conftest import Malicious
 
 CONFIG = tiny.make().config
 ROWS = ((0.75, 0.25), (0.25, 0.75))
@@ -44,7 +45,16 @@ def test_importance_by_modality(tmp_path: Path, importance: Any) -> None:
     assert imported(tmp_path, importance, TAUS).alpha == ROWS
 
 
-@pytest.mark.parametrize("importance", [{2: 0.25, 10: 0.75}, {"10": 0.75, "2": 0.25}, [0.25, 0.75], torch.tensor([0.25, 0.75])])
+@pytest.mark.parametrize(
+    "importance",
+    [
+        {2: 0.25, 10: 0.75},
+        {"10": 0.75, "2": 0.25},
+        {0: torch.tensor([0.25]), 1: np.array([[0.75]])},
+        [0.25, 0.75],
+        torch.tensor([0.25, 0.75]),
+    ],
+)
 def test_importance_for_both_modalities(tmp_path: Path, importance: Any) -> None:
     assert imported(tmp_path, importance, TAUS).alpha == ((0.25, 0.25), (0.75, 0.75))
 
@@ -179,11 +189,6 @@ def test_thresholds_of_another_form_are_refused_with_what_was_found(tmp_path: Pa
         imported(tmp_path, torch.tensor(ROWS), taus)
 
 
-class Malicious:
-    def __reduce__(self) -> Any:
-        return os.system, ("exit 1",)
-
-
 def test_a_file_that_holds_more_than_numbers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"tau\.pt.*posix\.system"):
-        imported(tmp_path, torch.tensor(ROWS), {**TAUS, "note": Malicious()})
+        imported(tmp_path, torch.tensor(ROWS), {**TAUS, "note": Malicious(os.system, "exit 1")})

@@ -13,6 +13,7 @@ import torch
 
 from modes_fx.calib.safe_pickle import load_numbers
 from modes_fx.errors import PlanError
+from tests.calib.conftest import Malicious
 
 
 def save_pickle(content: Any, path: Path) -> None:
@@ -29,14 +30,6 @@ def save_old_torch(content: Any, path: Path) -> None:
 
 SAVERS = [save_pickle, save_old_pickle, torch.save, save_old_torch]
 Save = Callable[[Any, Path], None]
-
-
-class Malicious:
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self.call = function, args
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 @pytest.mark.parametrize("save", SAVERS)

@@ -218,12 +218,33 @@ def test_a_stock_model_is_a_stock_model_afterwards(vlm: nn.Module, data: list[Ba
         modes_fx.stats(vlm)
 
 
-def test_a_target_that_cannot_be_met_is_left_out_and_named(model: nn.Module, data: list[Batch]) -> None:
+def test_all_can_be_skipped_by_a_threshold_above_every_score(model: nn.Module, data: list[Batch]) -> None:
     unknown = Importance(((0.0, 0.0),) * 2, ((0.0, 0.0),) * 2, "paper", 12)
     plan = search(model, data[:1], IMPORTANCE, [0.5, 1.0], gammas=[0.0], grid_size=3)
-    assert plan.targets == (0.5, 1.0)  # the last threshold lies above every score
+    assert plan.targets == (0.5, 1.0)
     assert plan.point(1.0).realised["calibration"] == 1.0
     assert search(model, data[:1], unknown, [0.5], gammas=[1.0], grid_size=3).point(0.5).realised["calibration"] >= 0.5
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_target_that_cannot_be_met_is_left_out_and_named(vlm: nn.Module, data: list[Batch]) -> None:
+    """The first layer's experts drown what the second one's router reads: skipping them raises weights above every score."""
+    first, second = vlm.model.language_model.layers
+    with torch.no_grad():
+        first.mlp.experts.down_proj[:, :16] *= 1000
+        first.mlp.experts.down_proj[:, 16:] = 0
+        for layer in (first, second):
+            layer.mlp.gate.weight[:, :16] = 0
+        first.mlp.gate.weight *= 0.01
+    plan = search(vlm, data[:1], IMPORTANCE, [1.0, 0.5], gammas=[0.0], grid_size=3)
+    facts = plan.provenance["search"]
+    assert (plan.targets, facts["unreachable_targets"], facts["complete"]) == ((0.5,), [1.0], True)
+    assert max(point.realised["calibration"] for point in plan.frontier) < 1
+    unreachable, reachable = facts["lower_bounds"]
+    assert unreachable == {"target": 1.0, "kl": None, "lower_bound": None, "lower_bound_of_gammas_searched": None}
+    assert reachable["kl"] == plan.point(0.5).kl["calibration"]
+    with pytest.raises(CalibrationError, match=r"No target of \[1\.0\] can be reached"):
+        search(vlm, data[:1], IMPORTANCE, [1.0], gammas=[0.0], grid_size=3)
 
 
 @pytest.mark.parametrize(

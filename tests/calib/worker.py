@@ -1,8 +1,10 @@
 """Calibration in a process of its own, its graphs run without Inductor: ``python -m tests.calib.worker COMMAND ...``."""
 
+import itertools
 import json
+import os
+import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from tests.calib.conftest import with_answers
 
 IMPORTANCE = Importance(((0.6, 1.0), (0.4, 0.0)), ((0.6, 1.0), (0.4, 0.0)), "reference", 12)
 TARGETS = (0.3, 0.6)
+SEARCH: dict[str, Any] = {"gammas": (0.5, 1.0), "grid_size": 6}
 SPLITS = {"uneven": ((3, 1, 0), (2,)), "empty": ((0, 1, 2, 3), ()), "empty main": ((), (0, 1, 2, 3))}
 WHOLE = (0, 1, 2, 3)
 
@@ -76,15 +79,15 @@ def several(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def slow_search(journal: Path) -> None:
-    """Search with a journal, slowly, and say each trial: for whoever will cut it off."""
+def killed_search(journal: Path, trials: int) -> None:
+    """Search with a journal, and be killed after so many trials, as by a machine that runs out of memory."""
+    made = itertools.count(1)
 
-    def say(trial: Trial) -> None:
-        sys.stdout.write("trial\n")
-        sys.stdout.flush()
-        time.sleep(0.1)
+    def end(trial: Trial) -> None:
+        if next(made) == trials:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    search(tiny.make(), [batch(0)], IMPORTANCE, TARGETS, gammas=(0.5, 1.0), grid_size=6, journal=journal, on_trial=say)
+    search(tiny.make(), [batch(0)], IMPORTANCE, TARGETS, journal=journal, on_trial=end, **SEARCH)
 
 
 if __name__ == "__main__":
@@ -96,4 +99,4 @@ if __name__ == "__main__":
         elif sys.argv[1] == "several":
             several(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
         else:
-            slow_search(Path(sys.argv[2]))
+            killed_search(Path(sys.argv[2]), int(sys.argv[3]))

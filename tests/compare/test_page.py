@@ -27,6 +27,7 @@ TRIALS = tuple(
     for text in (0.0, 0.01, 0.2)
     for vision in (0.0, 0.03)
 )
+CHANGED = {"kl": 0.02, "flips": 0.01, "score": 0.8, "retained": 0.9}
 SETTINGS: dict[str, Any] = {"seed": 0, "data_hash": {"test": "abc"}, "versions": {"torch": "2"}, "tolerance": 0.005}
 
 
@@ -41,6 +42,7 @@ def row(name: str, target: float, place: int) -> Row:
         {"kl": (kl / 2, kl * 2), "retained": (kept - 0.01, kept + 0.01)},
         {"prefill": 1.7 + place / 100, "decode": 1.2},
         {"tau_text": 0.01, "tau_vision": 0.03, "gamma": 0.5},
+        speed_range={"prefill": (1.5, 2.0), "decode": (1.1, 1.3)},
     )  # fmt: skip
 
 
@@ -48,7 +50,10 @@ def row(name: str, target: float, place: int) -> Row:
 def comparison() -> Comparison:
     rows = tuple(row(name, target, place) for place, name in enumerate(CONTENDERS, start=1) for target in TARGETS)
     alpha = ((0.75, 0.5), (0.25, 0.5))
-    return Comparison({"score": 0.9}, 512, rows, "tempered", ("layers.0.mlp", "layers.1.mlp"), alpha, {"tempered": TRIALS})
+    return Comparison(
+        {"score": 0.9}, 512, rows, {"fastest": {"prefill": "grouped_mm"}}, "tempered", ("layers.0.mlp", "layers.1.mlp"), alpha,
+        {"tempered": TRIALS},
+    )  # fmt: skip
 
 
 def page(tmp_path: Path, closeup: Closeup | None, **comparisons: Comparison) -> Reader:
@@ -110,10 +115,18 @@ def test_a_model_that_answers_nothing_right_has_no_share_of_it(tmp_path: Path, c
 
 
 def test_several_models_are_named_and_shown_singly(tmp_path: Path, comparison: Comparison) -> None:
-    found = page(tmp_path, CLOSEUP, **{"runs/seed<0>": comparison, "runs/seed1": without(comparison, speed={})})
+    found = page(tmp_path, CLOSEUP, **{"runs/seed<0>": comparison, "runs/seed1": without(comparison, metrics=CHANGED)})
     assert "mean of 2 models (seed<0>, seed1)" in found.whole
     assert "Lines are means over 2 models" in found.whole
     assert "tempered GMLG + DMT at 88% of seed<0>" in found.whole
+
+
+def test_a_speed_that_cannot_be_told_is_left_out(tmp_path: Path, comparison: Comparison) -> None:
+    found = page(tmp_path, CLOSEUP, model=without(comparison, speed={"prefill": 1.5, "decode": float("nan")}))
+    assert "Prefill, times as fast as stock's fastest" in found.text
+    assert "Decoding, times as fast as stock's fastest" not in found.text
+    assert "nan" not in found.whole
+    assert "grouped_mm" in found.text
 
 
 def test_own_rule() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from modes_fx.calib.objective import Evaluation
 from modes_fx.compare.tuning import Tuner
 
-FAST = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+FAST = settings(max_examples=40)
 
 
 def measuring(ratio: Callable[[float], float]) -> tuple[Callable[[float], Evaluation], list[float]]:

@@ -1,6 +1,8 @@
 """What is particular to blocks with a ``moe_infer``: gates that cannot be traced, hooks, Inductor's code."""
 
+import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +53,23 @@ def test_hooks_on_a_block_are_called() -> None:
     stock = logits(model, INPUTS)
     modes_fx.optimize(model)
     assert relative_error(logits(model, INPUTS), stock, REAL) <= 1e-5
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_a_forward_of_another_thread_may_end_meanwhile() -> None:
+    model = modes_fx.optimize(CASE.make())
+    stock = logits(model, INPUTS)
+    others: list[Tensor] = []
+
+    def run_another(module: nn.Module, args: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: others.append(logits(model, INPUTS)))
+            thread.start()
+            thread.join()
+
+    model.get_output_embeddings().register_forward_pre_hook(run_another)
+    assert logits(model, INPUTS).equal(stock)
+    assert others[0].equal(stock)
 
 
 @pytest.mark.usefixtures("without_inductor")

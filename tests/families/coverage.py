@@ -30,17 +30,25 @@ def row(family: Family, kind: str) -> tuple[str, ...]:
     return f"`{family.name}`", kind, layers, how, _experts(experts[0]) if experts else "-"
 
 
+def rows() -> list[tuple[str, ...]]:
+    """Return all lines of the table."""
+    return [row(family, kind) for kind, families in TABLES.items() for family in families]
+
+
 def table() -> str:
     """Return the whole table in markdown."""
-    rows = [row(family, kind) for kind, families in TABLES.items() for family in families]
-    return str(tabulate(rows, headers=("family", "kind", "MoE layers rewritten", "how", "experts"), tablefmt="github"))
+    return str(tabulate(rows(), headers=("family", "kind", "MoE layers rewritten", "how", "experts"), tablefmt="github"))
+
+
+def rows_of(readme: str) -> list[tuple[str, ...]]:
+    """Return the lines of a README's table."""
+    lines = readme.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
 
 
 def named_in(readme: str) -> dict[tuple[str, str], str]:
     """Return what a README's table says: (family, kind) -> outcome."""
-    lines = readme.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {(family.strip("`"), kind): how for family, kind, _, how, _ in cells}
+    return {(family.strip("`"), kind): how for family, kind, _, how, _ in rows_of(readme)}
 
 
 def promised() -> dict[tuple[str, str], str]:

@@ -1,7 +1,6 @@
 """Every language-model family end to end, without Inductor: compact in float32, static in bfloat16."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from torch import Tensor, nn
 
 import modes_fx
 from modes_fx.optimize import optimized_state
-from modes_fx.regions import find_moe_layers
 from tests import oracle
+from tests.families.blocks import assert_blocks_are_unchanged
 from tests.families.family import Family, outcome
 from tests.families.text import TEXT
 from tests.harness import logits, plan_of, relative_error
@@ -46,15 +45,7 @@ def test_family_is_rewritten_and_skips_what_the_oracle_skips(family: Family) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", REWRITTEN, ids=lambda family: family.name)
 def test_blocks_are_unchanged_in_bfloat16(family: Family) -> None:
-    model, inputs = family.build().to(torch.bfloat16), family.inputs()
-    calls = moe_calls(model, inputs)
-    modes_fx.optimize(model, dispatch="static")
-    assert not modes_fx.report(model).rejected, modes_fx.report(model)
-    for layer in optimized_state(model).layers:
-        args, kwargs, expected = calls[layer.block]
-        with torch.no_grad():
-            actual = routed(layer.block(*args, **kwargs))
-        assert (actual.float() - expected.float()).abs().max() <= 0.02 * expected.float().abs().max(), layer.name
+    assert_blocks_are_unchanged(family.build().to(torch.bfloat16), family.inputs(), dispatch="static")
 
 
 @pytest.mark.parametrize("family", [item for item in TEXT if item not in REWRITTEN], ids=lambda family: family.name)
@@ -86,28 +77,8 @@ def assert_regions_are_nested(model: nn.Module) -> None:
     assert len({layer.layer for layer in layers}) == len(layers)
 
 
-def moe_calls(model: nn.Module, inputs: dict[str, Any]) -> dict[nn.Module, tuple[Any, Any, Tensor]]:
-    """Run one forward; return the arguments and the output of each MoE block and experts module."""
-    calls = {}
-
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        calls[module] = args, kwargs, routed(output)
-
-    watched = {module for layer in find_moe_layers(model) for module in (layer.block, layer.experts)}
-    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in watched]
-    logits(model, inputs)
-    for hook in hooks:
-        hook.remove()
-    return calls
-
-
 def random_classes(inputs: dict[str, Tensor]) -> Tensor:
     """Return int64 [B, S]: the tokens of a text model as text, vision and one of padding, at random."""
     classes = torch.randint(2, inputs["input_ids"].shape, generator=torch.Generator().manual_seed(1))
     classes[0, 0] = 2
     return classes
-
-
-def routed(output: Any) -> Tensor:
-    """Return a block's hidden states; some blocks return their router's logits too."""
-    return output[0] if isinstance(output, tuple) else output

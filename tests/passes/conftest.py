@@ -1,6 +1,5 @@
 """One experts module for each form of the dispatch, traced once for all tests of the pass."""
 
-import itertools
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,11 +10,18 @@ from tests import harness, oracle, tiny
 
 TOP_K, EXPERTS, HIDDEN = 3, 6, 32
 STOCK = ("grouped_mm", "batched_mm")
-FORMS = list(itertools.product(STOCK, ("compact", "static"), (torch.float32, torch.bfloat16)))
+DISPATCHES = [
+    ("grouped_mm", "compact"),
+    ("grouped_mm", harness.ATEN),
+    ("grouped_mm", "static"),
+    ("batched_mm", "compact"),
+    ("batched_mm", "static"),
+]
+FORMS = [(*both, dtype) for both in DISPATCHES for dtype in (torch.float32, torch.bfloat16)]
 
 
 def form_id(form: tuple[str, str, torch.dtype]) -> str:
-    return f"{form[0]}-{form[1]}-{str(form[2])[6:]}"
+    return f"{form[0]}-{form[1]}-{str(form[2])[6:]}".replace(", ", "-")
 
 
 @dataclass(repr=False)

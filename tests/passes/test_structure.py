@@ -27,6 +27,12 @@ def form(request: pytest.FixtureRequest) -> Form:
     return request.param
 
 
+def only_of(*dispatches: tuple[str, str]) -> pytest.MarkDecorator:
+    """Give a test the forms of some dispatches."""
+    mine = [form for form in FORMS if form[:2] in dispatches]
+    return pytest.mark.parametrize("form", mine, ids=form_id, indirect=True)
+
+
 @pytest.fixture
 def captured(form: Form) -> harness.Capture:
     if form not in _captured:
@@ -44,7 +50,7 @@ def only(module: fx.GraphModule, target: Any) -> fx.Node:
 
 
 def gemms(module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.target in (*harness.GEMMS, torch.bmm)]
+    return [node for node in module.graph.nodes if node.target in (*harness.GEMMS, *harness.KERNELS, torch.bmm)]
 
 
 def gathers_of_matrices(module: fx.GraphModule) -> list[fx.Node]:
@@ -58,7 +64,8 @@ def example(node: fx.Node) -> Any:
 def test_the_site_is_recorded_as_rewritten(form: Form, captured: harness.Capture) -> None:
     (record,) = captured.rewritten.records
     assert (record.status, record.code, record.form) == ("rewritten", "", form[0])
-    assert (record.dispatch, record.top_k, record.num_experts) == (form[1], TOP_K, EXPERTS)
+    assert (record.dispatch, record.top_k, record.num_experts) == (harness.dispatch_of(form[1]), TOP_K, EXPERTS)
+    assert (record.gemms == "kernels") == (form[:2] == ("grouped_mm", "compact"))
     assert "gate_up_proj" in record.source
 
 
@@ -66,7 +73,8 @@ def test_each_form_keeps_its_own_gemm(form: Form, captured: harness.Capture) -> 
     float32, bfloat16 = harness.GEMMS
     grouped = float32 if form[2] is torch.float32 else bfloat16
     target = grouped if form[0] == "grouped_mm" else torch.bmm
-    assert [node.target for node in gemms(captured.rewritten.module)] == [target, target]
+    wanted = list(harness.KERNELS) if form[:2] == ("grouped_mm", "compact") else [target, target]
+    assert [node.target for node in gemms(captured.rewritten.module)] == wanted
 
 
 def test_dynamos_graph_is_left_as_it_was(captured: harness.Capture) -> None:
@@ -99,9 +107,8 @@ def test_thresholds_and_modality_are_inputs_never_constants(captured: harness.Ca
     assert example(compare.args[0]).dtype is torch.float32
 
 
+@only_of(("grouped_mm", harness.ATEN), ("batched_mm", "compact"))
 def test_compact_gathers_kept_pairs_and_adds_them_back_in_float32(form: Form, captured: harness.Capture) -> None:
-    if form[1] != "compact":
-        pytest.skip("compact form")
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
     assert names.count("nonzero") == 1
     stock = {torch.empty_like, operator.setitem, torch.arange, "view", "repeat_interleave"}
@@ -117,9 +124,29 @@ def test_compact_gathers_kept_pairs_and_adds_them_back_in_float32(form: Form, ca
     assert names.count(torch.sort) == (form[0] == "grouped_mm")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_leave_nothing_of_the_stock_order(dtype: torch.dtype) -> None:
+    experts = oracle.experts_of(tiny.make("olmoe", dtype))[0]
+    routing = Routing.random(TOKENS, dtype)
+    found = harness.capture(experts.forward, routing.hidden, routing.ids, routing.weights)
+    module = found.rewritten.module
+    stock = {torch.sort, torch.histc, torch.cumsum, torch.empty_like, operator.setitem, torch.arange, "nonzero", "scatter_add"}
+    assert not stock & set(harness.targets(module))
+    up, down = gemms(module)
+    x, pairs, top_k, weight, offsets = up.args
+    assert (example(x).shape, top_k, example(weight).shape[0]) == ((TOKENS, HIDDEN), TOP_K, EXPERTS)
+    assert (pairs.args, offsets.args) == ((pairs.args[0], 0), (pairs.args[0], 1))
+    assert pairs.args[0].target is torch.ops.modes_fx.sort_pairs.default
+    assert down.args[1:3] == (pairs, TOP_K)
+    assert [example(node).dtype for node in (down, down.args[3])] == [torch.float32] * 2
+    rows = example(up).shape[0]
+    assert free_unbacked_symbols(rows)
+    assert tuple(example(up).shape)[1:] == tuple(example(weight).shape)[1:2]
+    assert tuple(example(down).shape) == (TOKENS, HIDDEN)
+
+
+@only_of(("grouped_mm", "static"), ("batched_mm", "static"))
 def test_static_keeps_fixed_shapes_and_selects_the_kept_rows(form: Form, captured: harness.Capture) -> None:
-    if form[1] != "static":
-        pytest.skip("static form")
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
     assert not {"nonzero", "item", "tolist", torch.nonzero, "scatter_add", "masked_select"} & set(names)
     marked, selected, pairs = (node for node in module.graph.nodes if node.target is torch.where)
@@ -151,7 +178,10 @@ def test_every_node_has_fake_metadata_of_one_mode(captured: harness.Capture) -> 
 def test_rows_have_an_unbacked_size_in_compact_and_a_fixed_one_in_static(form: Form, captured: harness.Capture) -> None:
     for gemm in gemms(captured.rewritten.module):
         for value in (example(gemm), example(gemm.args[0])):
-            if form[1] == "compact":
+            if gemm.target in harness.KERNELS and not free_unbacked_symbols(value.shape[0]):
+                assert value.shape[0] == TOKENS  # it gathers its rows from all tokens, or adds them up to all
+                continue
+            if form[1] != "static":
                 assert free_unbacked_symbols(value.shape[0])
             else:
                 assert value.shape[0] == PAIRS
@@ -186,9 +216,9 @@ def test_metadata_agrees_with_what_really_runs(form: Form, captured: harness.Cap
 def test_the_pass_finds_nothing_more_to_rewrite_in_its_own_result(form: Form, captured: harness.Capture) -> None:
     once = captured.rewritten.module
     before = harness.text(once)
-    twice = skip_experts(once, RULES["threshold"].keep, form[1], 3)
+    twice = skip_experts(once, RULES["threshold"].keep, harness.dispatch_of(form[1]), 3)
     assert not twice.bindings
-    assert [record.status for record in twice.records] == ["rejected"]
+    assert all(record.status == "rejected" for record in twice.records)
     assert harness.text(once) == before
     assert harness.text(twice.module) == before
 

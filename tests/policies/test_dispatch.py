@@ -9,9 +9,10 @@ from torch import Tensor
 from modes_fx.backend import inductor
 from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
-from tests.passes.conftest import EXPERTS, STOCK, TOP_K, Routing, assert_close, expected
+from tests.passes.conftest import DISPATCHES, EXPERTS, TOP_K, Routing, assert_close, expected
+from tests.policies.tables import table_for
 
-CASES = list(itertools.product(STOCK, ("compact", "static"), ("naee", "naee_top2", "diep", "random")))
+CASES = [(*both, rule) for both, rule in itertools.product(DISPATCHES, ("naee", "naee_top2", "diep", "random"))]
 
 
 class Runtime(harness.FixedRuntime):
@@ -21,17 +22,10 @@ class Runtime(harness.FixedRuntime):
         return self.layer_table
 
 
-def table_for(rule: str) -> Tensor | None:
-    if rule == "random":
-        return torch.tensor([5.0])
-    similar = torch.rand(EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1)) + 0.5
-    return similar.fill_diagonal_(1.0) if rule == "diep" else None
-
-
 @pytest.mark.parametrize(("stock_form", "dispatch", "rule"), CASES)
 def test_what_a_rule_keeps_is_computed_with_its_weights_and_nothing_else(stock_form: str, dispatch: str, rule: str) -> None:
     runtime = Runtime(recording=True)
-    runtime.layer_table = table_for(rule)
+    runtime.layer_table = table_for(rule, EXPERTS)
     log = harness.GemmLog()
     experts = oracle.experts_of(tiny.make("olmoe"))[0]
     experts.config._experts_implementation = stock_form
@@ -45,15 +39,19 @@ def test_what_a_rule_keeps_is_computed_with_its_weights_and_nothing_else(stock_f
         log.clear()
         with torch.no_grad():
             out = run(routing.hidden, routing.ids, routing.weights)
-        survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((tokens,), beta), table_for(rule))
+        survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((tokens,), beta), table_for(rule, EXPERTS))
         keep = ~survivors.isnan()
-        assert keep.all() if beta == 0 else not keep.all()
+        kept, fewest = int(keep.sum()), tokens if rule == "naee_top2" else 0  # which never drops a token's first
+        if beta in (0.0, 1e9):
+            assert kept == (fewest if beta else keep.numel())
+        else:
+            assert fewest < kept < keep.numel()
         changed = Routing(routing.hidden, routing.ids, survivors.nan_to_num())
         assert_close(out, expected(experts, changed, keep), torch.float32)
         pairs = runtime.recorded[0]
         assert sorted(pairs[pairs >= 0].tolist()) == keep.flatten().nonzero().flatten().tolist()
         if (stock_form, dispatch) != ("batched_mm", "static"):
-            assert log.computed == [int(keep.sum())] * 2
+            assert log.computed == [kept] * 2
     assert len(runtime.graphs) == 1
     assert TOP_K == 3
 
@@ -77,7 +75,7 @@ def test_renormalised_weights_are_rounded_to_the_models_dtype_and_unchanged_wher
 @pytest.mark.parametrize("rule", ["diep", "random"])
 def test_generated_code_decides_alike(rule: str) -> None:
     runtime = Runtime(recording=True)
-    runtime.layer_table = table_for(rule)
+    runtime.layer_table = table_for(rule, EXPERTS)
     experts = oracle.experts_of(tiny.make("olmoe"))[0]
     experts.config._experts_implementation = "grouped_mm"
     run = harness.compiled_block(experts, "compact", runtime, inductor, rule=rule)  # integers wrap and sums round as in eager
@@ -85,5 +83,5 @@ def test_generated_code_decides_alike(rule: str) -> None:
     runtime.bounds = torch.tensor([0.4, 0.4, float("inf")])
     with torch.no_grad():
         run(routing.hidden, routing.ids, routing.weights)
-    survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((60,), 0.4), table_for(rule))
+    survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((60,), 0.4), table_for(rule, EXPERTS))
     assert sorted(runtime.recorded[0].tolist()) == (~survivors.isnan()).flatten().nonzero().flatten().tolist()

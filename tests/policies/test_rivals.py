@@ -14,8 +14,9 @@ from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES, Rule, decide, register
 from modes_fx.policies.chance import seed_tables
 from tests import oracle
+from tests.policies.tables import table_for
 
-FAST = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+FAST = settings(max_examples=40)
 LEVELS = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0])  # sums and products of these are exact
 TOP_K = st.integers(1, 4)
 BETA = st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0, 1.5])
@@ -31,21 +32,11 @@ def routed(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return torch.tensor(weights), torch.tensor(ids)
 
 
-def table_for(name: str) -> Tensor | None:
-    if name == "random":
-        return torch.tensor([77.0])
-    if name == "diep":
-        generator = torch.Generator().manual_seed(0)
-        similar = torch.randint(1, 9, (EXPERTS, EXPERTS), generator=generator) / 4
-        return (similar + similar.T).fill_diagonal_(1.0)
-    return None
-
-
 def decided(name: str, weights: Tensor, ids: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """What a rule keeps, and the weights of what it keeps."""
     classes = torch.zeros(len(weights), dtype=torch.int64)
     keep, other = decide(
-        RULES[name].keep, ids.reshape(-1), weights.reshape(-1), classes, torch.tensor([beta]), table_for(name),
+        RULES[name].keep, ids.reshape(-1), weights.reshape(-1), classes, torch.tensor([beta]), table_for(name, EXPERTS),
         top_k=weights.shape[1],
     )  # fmt: skip
     return keep, weights if other is None else other.reshape(weights.shape)
@@ -56,7 +47,7 @@ def decided(name: str, weights: Tensor, ids: Tensor, beta: float) -> tuple[Tenso
 @given(routing=routed(), beta=BETA)
 def test_a_rule_decides_like_its_paper(name: str, routing: tuple[Tensor, Tensor], beta: float) -> None:
     weights, ids = routing
-    wanted = oracle.decide(name, weights, ids, torch.full((len(weights),), beta), table_for(name))
+    wanted = oracle.decide(name, weights, ids, torch.full((len(weights),), beta), table_for(name, EXPERTS))
     keep, new_weights = decided(name, weights, ids, beta)
     assert keep.equal(~wanted.isnan())
     torch.testing.assert_close(new_weights.double()[keep], wanted[keep], rtol=1e-6, atol=0)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import fx, nn
 from torch._dynamo.backends.debugging import aot_eager
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import modes_fx
 from modes_fx.errors import ModelError, NoRoutingSiteError
@@ -193,6 +194,21 @@ def test_weights_whose_activations_would_be_quantised_too_are_refused() -> None:
     with pytest.raises(NoRoutingSiteError, match=r"2 x QUANTISED_ACTIVATIONS.*use Int8WeightOnlyConfig"):
         modes_fx.optimize(model)
     assert harness.model_state(model) == before
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(ModelError, match="use Int8WeightOnlyConfig"):
+        logits(model, tiny.mixed_batch())
+
+
+def test_quantised_experts_are_refused_off_the_cpu() -> None:
+    model = quantise_experts(plain(), 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as they would lie on a GPU
+        for layer in find_moe_layers(model):
+            for name, weight in list(layer.experts.named_parameters(recurse=False)):
+                parts = [torch.empty_like(part, device="cuda") for part in (weight.qdata, weight.scale)]
+                moved = Int8Tensor(*parts, list(weight.block_size), weight.dtype)
+                setattr(layer.experts, name, nn.Parameter(moved, requires_grad=False))
+    with pytest.raises(NoRoutingSiteError, match=r"2 x QUANTISED_DEVICE.*these are on cuda: move"):
+        modes_fx.optimize(model)
 
 
 def test_quantising_an_optimised_model_is_refused() -> None:

@@ -1,0 +1,119 @@
+"""The kernels as torch operations, which FX passes insert and Inductor calls.
+
+Shapes: T tokens, K experts a token, S = T * K pairs, R kept pairs (rows, sorted by expert), E experts, D inner, N outer size.
+A *pair* is token * K + rank. ``offsets`` int64 [E + 1]: the rows of expert e are ``offsets[e]`` to ``offsets[e + 1]``. They run
+on a CPU and have no gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from modes_fx.kernels.library import DTYPES, load
+
+_library = torch.library.Library("modes_fx", "DEF")
+_library.define("sort_pairs(Tensor keep, Tensor expert_ids, int num_experts) -> (Tensor, Tensor)")
+_library.define("linear(Tensor x, Tensor? pairs, int top_k, Tensor weight, Tensor offsets) -> Tensor")
+_library.define(
+    "linear_combine(Tensor x, Tensor pairs, int top_k, Tensor row_weights, Tensor weight, Tensor offsets, SymInt tokens)"
+    " -> Tensor"
+)
+
+
+def sort_pairs(keep: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sort the kept pairs by expert, and within an expert as they come.
+
+    Args:
+        keep: bool [S].
+        expert_ids: int64 [S], below ``num_experts``.
+        num_experts: E.
+
+    Returns:
+        Pairs, int64 [R], and offsets.
+    """
+    keep, expert_ids = keep.contiguous(), expert_ids.contiguous()
+    total = expert_ids.numel()
+    pairs = torch.empty(total, dtype=torch.int64)
+    offsets = torch.empty(num_experts + 1, dtype=torch.int64)
+    rows = load().modes_fx_sort_pairs(
+        keep.data_ptr(), expert_ids.data_ptr(), total, num_experts, pairs.data_ptr(), offsets.data_ptr()
+    )
+    return pairs[:rows], offsets
+
+
+def linear(x: Tensor, pairs: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
+    """Multiply each row by its expert's weight.
+
+    Args:
+        x: float32 or bfloat16 [T, D], of which row ``pairs[r] // top_k`` is taken; or [R, D] without ``pairs``.
+        pairs: int64 [R], or None.
+        top_k: K.
+        weight: Of x's dtype, [E, N, D], contiguous along D.
+        offsets: See above.
+
+    Returns:
+        [R, N], of x's dtype.
+    """
+    experts, columns, inner = weight.shape
+    rows = x if pairs is None else pairs
+    out = x.new_empty(rows.shape[0], columns)
+    if out.numel():
+        x = _along_rows(x)
+        getattr(load(), f"modes_fx_linear_{DTYPES[x.dtype]}")(
+            x.data_ptr(), x.stride(0), None if pairs is None else pairs.data_ptr(), top_k, weight.data_ptr(), weight.stride(0),
+            weight.stride(1), offsets.data_ptr(), experts, columns, inner, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def linear_combine(
+    x: Tensor, pairs: Tensor, top_k: int, row_weights: Tensor, weight: Tensor, offsets: Tensor, tokens: int
+) -> Tensor:
+    """Multiply each row by its expert's weight and by its routing weight, and add up the rows of each token.
+
+    Args:
+        x: float32 or bfloat16 [R, D].
+        pairs: int64 [R].
+        top_k: K.
+        row_weights: float32 [R].
+        weight: Of x's dtype, [E, N, D], contiguous along D.
+        offsets: See above.
+        tokens: T.
+
+    Returns:
+        float32 [T, N].
+    """
+    experts, columns, inner = weight.shape
+    out = torch.zeros(tokens, columns)
+    if x.numel():
+        x, row_weights = _along_rows(x), row_weights.contiguous()
+        getattr(load(), f"modes_fx_combine_{DTYPES[x.dtype]}")(
+            x.data_ptr(), x.stride(0), pairs.data_ptr(), top_k, row_weights.data_ptr(), weight.data_ptr(), weight.stride(0),
+            weight.stride(1), offsets.data_ptr(), experts, columns, inner, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def _along_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def _sort_pairs(keep: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    rows = torch.library.get_ctx().new_dynamic_size(min=0)
+    return expert_ids.new_empty(rows), expert_ids.new_empty(num_experts + 1)
+
+
+def _linear(x: Tensor, pairs: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty((x if pairs is None else pairs).shape[0], weight.shape[1])
+
+
+def _linear_combine(
+    x: Tensor, pairs: Tensor, top_k: int, row_weights: Tensor, weight: Tensor, offsets: Tensor, tokens: int
+) -> Tensor:
+    return x.new_empty(tokens, weight.shape[1], dtype=torch.float32)
+
+
+for _operation, _fake in ((sort_pairs, _sort_pairs), (linear, _linear), (linear_combine, _linear_combine)):
+    _library.impl(_operation.__name__, _operation, "CPU")
+    torch.library.register_fake(f"modes_fx::{_operation.__name__}", _fake)

@@ -1,0 +1,136 @@
+"""Compact dispatch on a CPU, with kernels of our own for the experts' GEMMs.
+
+For a ``RoutingSite`` of the form ``grouped_mm``, with R <= S = T * K kept pairs::
+
+    pairs_R, offsets = sort_pairs(rule(weights_TK, bound[token_class]), expert_ids)      data-dependent length
+    y = linear(hidden_TH, pairs, W1, offsets)                                            gathers its rows itself
+    ... the site's own work between the GEMMs, on R rows, which Inductor generates ...
+    out = linear_combine(y, pairs, weights[pairs], W2, offsets)                          float32 [T, H], adds its rows up itself
+
+See ``modes_fx/kernels`` for what they do. Where there is work between the second GEMM and the routing weights, that GEMM is a
+``linear`` too, and rows are added up as in ``compact``. Not for gradients (the kernels have none), dtypes but float32 and
+bfloat16, and weights that do not lie along the inner dimension: those sites take the form ``compact``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+import modes_fx.kernels.ops  # noqa: F401 - registers torch.ops.modes_fx
+from modes_fx.kernels.library import DTYPES
+from modes_fx.passes.compact import add_rows
+from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
+from modes_fx.passes.site import Reject, RoutingSite
+from modes_fx.passes.walk import argument, input_of, is_method
+from modes_fx.policies import KeepRule, decide
+
+_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
+
+
+def why_not(graph: fx.Graph, site: RoutingSite) -> str:
+    """Return why a site's GEMMs cannot be our kernels; "" where they can."""
+    node = {item.name: item for item in graph.nodes}
+    gemms = _gemms(node, site)
+    if site.perm is None or not gemms:
+        return "its form is not grouped_mm"
+    if node[site.hidden_TH].meta["example_value"].device.type != "cpu":
+        return "not on a CPU"
+    if torch.is_grad_enabled():
+        return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
+    for gemm in gemms:
+        rows, weight = input_of(gemm), _stored(gemm)
+        if weight is None:
+            return "its weights lie along their outer dimension"
+        dtypes = {item.meta["example_value"].dtype for item in (rows, weight)}
+        if len(dtypes) > 1 or not dtypes <= DTYPES.keys() or argument(gemm, 3, "bias") is not None:
+            return f"GEMMs of {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
+    return ""
+
+
+def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, *bounds: fx.Node) -> fx.Node:
+    """Rewrite a site for which ``why_not`` has nothing to say; see ``compact.rewrite``."""
+    node = {item.name: item for item in graph.nodes}
+    ids, weights, hidden = node[site.expert_ids_S], node[site.weights_S], node[site.hidden_TH]
+    stock = [node[site.row_ids], node[site.row_weights], node[site.row_hidden]]
+    users = [list(item.users) for item in stock]
+    pairs, offsets, pair_token, *rows = Emitter.after(ids, weights, hidden).trace(
+        _select, ids, weights, hidden, token_class, *bounds, rule=rule, top_k=site.top_k, num_experts=site.num_experts
+    )
+    for old, new, using in zip(stock, rows, users, strict=True):
+        for user in using:
+            user.replace_input_with(old, new)
+    row_weights, row_hidden = rows[1:]
+    combined, weighted = node[site.combined], node[site.weighted]
+    try:
+        refresh_dependents(*rows, until=weighted)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise Reject("BODY_HAS_FIXED_ROWS", f"the work between the GEMMs needs all S rows: {error}") from error
+    gemms = _gemms(node, site)
+    dtype = combined.meta["example_value"].dtype
+    last = next((item for item in weighted.all_input_nodes if item in gemms and set(item.users) == {weighted}), None)
+    for gemm in gemms:
+        if gemm is last:
+            continue
+        rows_of = input_of(gemm)
+        gathered = [hidden, _weight(gemm), offsets, pairs]
+        given = gathered if _uncast(rows_of) is row_hidden else [rows_of, _weight(gemm), offsets]
+        (product,) = Emitter(before=gemm).trace(_linear, *given, top_k=site.top_k)
+        gemm.replace_all_uses_with(product)
+    if last is None:
+        (summed,) = Emitter(before=combined).trace(add_rows, weighted, pair_token, hidden, dtype=dtype)
+    else:
+        given = [input_of(last), pairs, row_weights, _weight(last), offsets, hidden]
+        (summed,) = Emitter(before=combined).trace(_linear_combine, *given, top_k=site.top_k, dtype=dtype)
+    combined.replace_all_uses_with(summed)
+    erase_dead([*(node[name] for name in (*site.scaffold, *site.body, *site.counting)), pair_token, *rows])
+    return pairs
+
+
+def _gemms(node: dict[str, fx.Node], site: RoutingSite) -> list[fx.Node]:
+    return [node[name] for name in site.body if getattr(node[name].target, "__name__", "") in _GROUPED]
+
+
+def _stored(gemm: fx.Node) -> fx.Node | None:
+    """Return the weight [E, N, D] of a GEMM, if that is how it lies in memory."""
+    view = input_of(gemm, 1)
+    if not is_method(view, "transpose") or {argument(view, 1, "dim0") % 3, argument(view, 2, "dim1") % 3} != {1, 2}:
+        return None
+    return input_of(view) if input_of(view).meta["example_value"].stride(2) == 1 else None
+
+
+def _weight(gemm: fx.Node) -> fx.Node:
+    return input_of(input_of(gemm, 1))
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """Look through conversions to the dtype that a node has."""
+    while is_method(node, "to") and input_of(node).meta["example_value"].dtype == node.meta["example_value"].dtype:
+        node = input_of(node)
+    return node
+
+
+def _select(
+    expert_ids: Tensor, weights: Tensor, hidden: Tensor, token_class: Tensor, *bounds: Tensor, rule: KeepRule, top_k: int,
+    num_experts: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    keep, new_weights = decide(rule, expert_ids, weights, token_class, *bounds, top_k=top_k)
+    weights = weights if new_weights is None else new_weights
+    sorted_ = torch.ops.modes_fx.sort_pairs.default(keep.reshape(-1), expert_ids, num_experts)
+    pairs, offsets = sorted_[0], sorted_[1]
+    pair_token = pairs // top_k
+    return pairs, offsets, pair_token, expert_ids[pairs], weights[pairs], hidden[pair_token]
+
+
+def _linear(x: Tensor, weight: Tensor, offsets: Tensor, pairs: Tensor | None = None, *, top_k: int) -> Tensor:
+    product: Tensor = torch.ops.modes_fx.linear.default(x, pairs, top_k, weight, offsets)
+    return product
+
+
+def _linear_combine(
+    x: Tensor, pairs: Tensor, row_weights: Tensor, weight: Tensor, offsets: Tensor, hidden: Tensor, *, top_k: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    tokens = hidden.shape[0]
+    total: Tensor = torch.ops.modes_fx.linear_combine.default(x, pairs, top_k, row_weights.float(), weight, offsets, tokens)
+    return total.to(dtype)
