@@ -150,6 +150,7 @@ class SkipStats:
         self._routed = torch.zeros(len(layers), len(MODALITIES), len(PHASES), dtype=torch.int64)
         self._kept = torch.zeros_like(self._routed)
         self._before: list[bool] = []  # what each enclosing `with` block found
+        self._by_token: list[tuple[int, Tensor]] | None = None
 
     def start(self) -> SkipStats:
         """Count from now on."""
@@ -172,6 +173,16 @@ class SkipStats:
         """Count inside the block; afterwards go on or stay off as before. So does ``with stats:``."""
         with self:
             yield self
+
+    @contextlib.contextmanager
+    def by_token(self) -> Iterator[list[tuple[int, Tensor]]]:
+        """Count inside the block, and yield a list that grows by (layer, int64 [T], experts kept of each token) a dispatch."""
+        self._by_token, before = [], self._by_token
+        try:
+            with self.counting():
+                yield self._by_token
+        finally:
+            self._by_token = before
 
     def __enter__(self) -> SkipStats:
         self._before.append(self.recording)
@@ -215,7 +226,10 @@ class SkipStats:
         """
         classes = tokens.ids.reshape(-1).to(pairs.device)
         routed = torch.bincount(classes, minlength=PADDING + 1) * top_k
-        kept = torch.bincount(classes[pairs[pairs >= 0] // top_k], minlength=PADDING + 1)
+        of_pair = pairs[pairs >= 0] // top_k
+        kept = torch.bincount(classes[of_pair], minlength=PADDING + 1)
+        if self._by_token is not None:
+            self._by_token.append((layer, torch.bincount(of_pair, minlength=len(classes)).cpu()))
         phase = PHASES.index(tokens.phase)
         self._routed[layer, :, phase] += routed[:PADDING].cpu()
         self._kept[layer, :, phase] += kept[:PADDING].cpu()
