@@ -34,7 +34,7 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     gemms = _gemms(node, site)
     if site.perm is None or not gemms:
         return "its GEMMs are not those of grouped_mm"
-    if node[site.hidden_TH].meta["example_value"].device.type != "cpu":
+    if node[site.hidden_TH].meta["example_value"].device.type not in ("cpu", "meta"):  # meta: what a CPU would get
         return "not on a CPU"
     if torch.is_grad_enabled():
         return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
