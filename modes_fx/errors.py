@@ -25,6 +25,10 @@ class CalibrationError(ModesFxError, ValueError):
     """Calibration or search was given data or functions that it cannot use."""
 
 
+class UnreachableError(CalibrationError):
+    """No choice of thresholds reaches any of the target skip ratios on the data."""
+
+
 class CompilerError(ModesFxError, RuntimeError):
     """Inductor cannot generate code on this machine."""
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from modes_fx import strict_json
 from modes_fx.errors import PlanError
 from modes_fx.files import write_atomically
 from modes_fx.modality import vision_token_ids
@@ -22,6 +23,7 @@ from modes_fx.policies import RULES
 
 SCHEMA_VERSION = 2
 Mode = Literal["fixed", "budget"]
+_NUMBERS = ("points", "frontier", "alpha", "weights", "tables")
 
 # What a config says of a run or a file rather than of the architecture: two dtypes of one model share their plans.
 _VOLATILE_KEYS = {
@@ -215,8 +217,7 @@ class SkipPlan:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON; an interrupted write leaves an older file as it was."""
-        content = {"schema_version": SCHEMA_VERSION, **_finite(asdict(self))}
-        return write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        return write_atomically(path, strict_json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
@@ -242,6 +243,7 @@ class SkipPlan:
         try:
             if version == 1:
                 content |= {"frontier": [], "mode": "fixed", "weights": [], "tables": None}
+            content |= {name: strict_json.numbers(content[name]) for name in _NUMBERS}
             points, frontier = _points(content["points"]), _points(content["frontier"])
             alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
             weights = tuple(tuple(tuple(map(float, values)) for values in row) for row in content["weights"])
@@ -301,25 +303,12 @@ def _bound(tau: float, alpha: float, gamma: float) -> float:
     return tau / scale if scale > 0 else math.inf
 
 
-def _finite(value: Any) -> Any:
-    """Make a structure fit for standard JSON, which has no infinity."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
-
-
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _points(content: Sequence[Mapping[str, Any]]) -> tuple[PlanPoint, ...]:
-    return tuple(PlanPoint(**_numbers(point)) for point in content)
-
-
-def _numbers(point: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: math.inf if value == "inf" else value for key, value in point.items()}
+    return tuple(PlanPoint(**point) for point in content)
 
 
 def _ratio(point: PlanPoint) -> float:

@@ -200,6 +200,20 @@ def test_the_user_sets_the_share_of_bad_samples(folder: Path, tmp_path: Path) ->
         run("calibrate", CHECKPOINT, "--data", tmp_path, "--max-bad", "0.3", "--method", "none", "--out", tmp_path / "i.json")
 
 
+@pytest.mark.usefixtures("without_inductor")
+def test_the_demo_brings_its_own_data_and_no_other_model_does(tmp_path: Path) -> None:
+    small = ("--samples", "5", "--batch-size", "5", "--method", "estimate", "--out", tmp_path / "importance.json")
+    assert "5 samples of 5 chosen from 96 in demo (built in)" in run("calibrate", "demo", *small).output
+    assert len(ImportanceFile.load(tmp_path / "importance.json").layers) == 8
+    with pytest.raises(CalibrationError, match=r"No data for .*checkpoint: pass --data"):
+        run("calibrate", CHECKPOINT, *small)
+    with pytest.raises(CalibrationError, match="No data for org/model"):
+        run("search", "org/model")
+    for option in ("--split", "--data-format"):
+        with pytest.raises(CalibrationError, match=f"{option} would be ignored"):
+            run("calibrate", "demo", *small, option, "gqa")
+
+
 def test_an_importance_of_impossible_numbers_is_refused(folder: Path, tmp_path: Path) -> None:
     content = json.loads((folder / "alpha.json").read_text())
     content["importance"]["alpha"][0][0] = -0.5

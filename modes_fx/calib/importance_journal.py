@@ -15,7 +15,7 @@ from torch import nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.importance import Importance, Method, Mode, OnStep, layer_importance
-from modes_fx.calib.journal import Journal
+from modes_fx.calib.journal import Journal, opened
 from modes_fx.calib.objective import Batch, checked, optimized
 from modes_fx.calib.trials import data_hash, what_determines
 from modes_fx.errors import CalibrationError
@@ -29,7 +29,7 @@ def resumable_importance(
     mode: Mode = "reference",
     method: Method = "resumed",
     *,
-    journal: str | os.PathLike[str] | None = None,
+    journal: str | os.PathLike[str] | Journal | None = None,
     on_step: OnStep | None = None,
 ) -> Importance:
     """Measure the importance of every MoE layer like ``layer_importance``, keeping what is done in a journal.
@@ -39,7 +39,8 @@ def resumable_importance(
         batches: See ``layer_importance``.
         mode: See ``layer_importance``.
         method: See ``layer_importance``.
-        journal: The file; None measures all at once.
+        journal: The file; None measures all at once. Or an open journal, all of whose entries the caller knows to be of this
+            model and data.
         on_step: Called with (steps done, steps in all) of this process.
 
     Raises:
@@ -54,8 +55,7 @@ def resumable_importance(
     parts = min(_PARTS, max(counts))
     started, sums, tokens, forwards, used = time.monotonic(), torch.zeros((), dtype=torch.float64), 0, 0.0, set()
     with optimized(model):
-        about = {**what_determines(model, data_hash(data)), "split": counts}
-        records = Journal(journal, about)
+        records = opened(journal, lambda: {**what_determines(model, data_hash(data)), "split": counts})
         for part in range(parts):
             first, last = part * len(data) // parts, (part + 1) * len(data) // parts
             share = data[first:last]

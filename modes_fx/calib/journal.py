@@ -7,9 +7,10 @@ its numbers must not slip into this run.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,25 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str] | None, about: Mapping[str, Any]) -> None:
         self._path = None if path is None else Path(path)
+        self._before: Key = ()
         self._entries: dict[Key, dict[str, Any]] = {}
         if self._path is not None:
-            opened = self._path
-            self._entries = processes.from_main(lambda: _open(opened, dict(about)))
+            file = self._path
+            self._entries = processes.from_main(lambda: _open(file, dict(about)))
 
     def get(self, key: Key) -> dict[str, Any] | None:
         """Return the entry of a key, or None."""
-        return self._entries.get(key)
+        return self._entries.get((*self._before, *key))
 
     def __len__(self) -> int:
         """Return how many entries there are."""
         return len(self._entries)
+
+    def under(self, *key: str | float) -> Journal:
+        """Return this journal for entries whose keys begin with ``key``, which callers leave out."""
+        part = copy.copy(self)
+        part._before = (*self._before, *key)
+        return part
 
     def add(self, key: Key, value: dict[str, Any]) -> None:
         """Keep an entry; it is on the disk when this returns.
@@ -55,10 +63,16 @@ class Journal:
         Raises:
             CalibrationError: It cannot be written; on all processes.
         """
-        self._entries[key] = value
+        whole = (*self._before, *key)
+        self._entries[whole] = value
         if self._path is not None:
             path = self._path
-            processes.from_main(lambda: _add(path, {"key": list(key), "value": value}))
+            processes.from_main(lambda: _add(path, {"key": list(whole), "value": value}))
+
+
+def opened(journal: str | os.PathLike[str] | Journal | None, about: Callable[[], Mapping[str, Any]]) -> Journal:
+    """Return a journal that is open already, or open a file's; ``about`` is asked only then."""
+    return journal if isinstance(journal, Journal) else Journal(journal, about())
 
 
 def _open(path: Path, about: dict[str, Any]) -> dict[Key, dict[str, Any]]:

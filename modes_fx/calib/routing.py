@@ -7,6 +7,9 @@ finest step that the dispatched weights of a bfloat16 model can differ by, 0.4 t
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +25,42 @@ _DROPPED_BITS = 16
 BINS = 1 << (31 - _DROPPED_BITS)  # of all non-negative floats
 
 
+See = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+@contextlib.contextmanager
+def dispatches_shown(model: nn.Module, see: See) -> Iterator[None]:
+    """Let forwards inside the block run uncompiled, and show what each MoE layer's router hands to its experts.
+
+    Args:
+        model: An optimised model.
+        see: Called with the layer's index, hidden states [T, H], weights [T, K] and classes int64 [T] (text, vision, padding).
+            Not called outside a forward of the model, where classes are unknown.
+    """
+    state = optimized_state(model)
+
+    def hook(layer: int) -> Any:
+        def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = modality.running()
+            if tokens is None:
+                return
+            hidden, _, weights = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())[:3]
+            hidden_TH = hidden.reshape(-1, hidden.shape[-1])
+            weights_TK = weights.reshape(len(hidden_TH), -1)  # some code hands over flat ids and weights
+            see(layer, hidden_TH, weights_TK, tokens.flat(len(weights_TK), weights_TK.device))
+
+        return show
+
+    state.regions.suspend()
+    handles = [layer.experts.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(state.layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        state.regions.resume()
+
+
 class RoutingRecorder:
     """Counts the dispatched weights of forwards run inside its ``with`` block, uncompiled.
 
@@ -34,21 +73,15 @@ class RoutingRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._state = optimized_state(model)
-        self.counts = torch.zeros(len(self._state.layers), len(MODALITIES), BINS, dtype=torch.int64)
+        self.counts = torch.zeros(len(optimized_state(model).layers), len(MODALITIES), BINS, dtype=torch.int64)
+        self._shown = dispatches_shown(model, self._count)
 
     def __enter__(self) -> RoutingRecorder:
-        self._state.regions.suspend()
-        self._handles = [
-            layer.experts.register_forward_pre_hook(self._hook(index), with_kwargs=True)
-            for index, layer in enumerate(self._state.layers)
-        ]
+        self._shown.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._state.regions.resume()
+        self._shown.__exit__(kind, error, trace)
         if error is None:
             self.counts = processes.total(self.counts)
 
@@ -85,18 +118,10 @@ class RoutingRecorder:
         rows = [[tuple(float(f"{value:.6g}") for value in column) for column in row] for row in values.tolist()]
         return tuple((text, vision) for text, vision in rows)
 
-    def _hook(self, layer: int) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            weights_TK = args[2] if len(args) > 2 else kwargs["top_k_weights"]
-            tokens = modality.running()
-            if tokens is None:
-                return
-            classes = tokens.flat(len(weights_TK), weights_TK.device)
-            bins_TK = bin_of(weights_TK)
-            for index in range(len(MODALITIES)):
-                self.counts[layer, index] += torch.bincount(bins_TK[classes == index].reshape(-1), minlength=BINS).cpu()
-
-        return record
+    def _count(self, layer: int, hidden_TH: Tensor, weights_TK: Tensor, classes_T: Tensor) -> None:
+        bins_TK = bin_of(weights_TK)
+        for index in range(len(MODALITIES)):
+            self.counts[layer, index] += torch.bincount(bins_TK[classes_T == index].reshape(-1), minlength=BINS).cpu()
 
 
 def bin_of(weights: Tensor) -> Tensor:

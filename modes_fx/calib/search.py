@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from modes_fx.calib.frontier import FrontierPoint, FrontierResult, check_targets, frontier_search
 from modes_fx.calib.importance import Importance
-from modes_fx.calib.journal import Journal
+from modes_fx.calib.journal import Journal, opened
 from modes_fx.calib.objective import Batch, Objective, checked, optimized
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.calib.trials import Trial, Trials, as_point, data_hash, pareto, thresholds, versions, what_determines
-from modes_fx.errors import CalibrationError
+from modes_fx.errors import CalibrationError, UnreachableError
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model
 
@@ -35,7 +35,7 @@ def search(
     gammas: Sequence[float] = GAMMAS,
     grid_size: int = 24,
     held_out: Iterable[Batch] | None = None,
-    journal: str | os.PathLike[str] | None = None,
+    journal: str | os.PathLike[str] | Journal | None = None,
     time_budget: float | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -61,14 +61,15 @@ def search(
         grid_size: Thresholds tried for each modality, >= 2.
         held_out: Other data, on which each chosen point is measured.
         journal: File that each evaluation is written to as it is made, and read from: a search that was cut off goes on where
-            it stopped when called again with the same model, data and importance.
+            it stopped when called again with the same model, data and importance. Or an open journal, all of whose entries the
+            caller knows to be of these.
         time_budget: Seconds for all but ``held_out``; then the best thresholds so far are the plan. None: no end.
         on_trial: Called after each evaluation on ``batches``.
         on_progress: Called after each evaluation with (evaluations made, an estimate, mostly too high, of those in all).
 
     Raises:
-        CalibrationError: No target can be reached (or was, in the time given), an argument is out of range, or the journal
-            belongs to another search.
+        UnreachableError: No target can be reached.
+        CalibrationError: None was in the time given, an argument is out of range, or the journal belongs to another search.
     """
     if grid_size < 2 or not gammas or not targets:
         raise CalibrationError("search() needs a grid of at least 2 thresholds, one gamma and one target.")
@@ -81,7 +82,7 @@ def search(
     held_out = None if held_out is None else checked(held_out)
     with optimized(model):
         data = data_hash(batches)
-        records = Journal(journal, what_determines(model, data, importance.alpha))
+        records = opened(journal, lambda: what_determines(model, data, importance.alpha))
         objective = Objective(model, batches)
         if len(importance.alpha) != objective.num_layers:
             raise CalibrationError(
@@ -94,8 +95,10 @@ def search(
         chosen = _best(results, len(targets))
         found = [(gamma, point) for gamma, point in chosen if point is not None]
         complete = len(results) == len(set(gammas)) and all(result.complete for result in results.values())
+        if not found and complete:
+            raise UnreachableError(f"No target of {list(targets)} can be reached on this data.")
         if not found:
-            raise CalibrationError(_nothing_found(targets, complete, time_budget, len(trials.made), journal))
+            raise CalibrationError(_out_of_time(targets, time_budget, len(trials.made), journal))
         seconds = time.monotonic() - started
         fresh = None if held_out is None else Objective(model, held_out)
         points = tuple(_plan_point(gamma, point, trials, importance, fresh) for gamma, point in found)
@@ -238,11 +241,7 @@ def _largest(results: Mapping[float, FrontierResult], function: str) -> float:
     return max(sizes, default=0.0)
 
 
-def _nothing_found(
-    targets: Sequence[float], complete: bool, time_budget: float | None, evaluations: int, journal: object
-) -> str:
-    if complete:
-        return f"No target of {list(targets)} can be reached on this data."
+def _out_of_time(targets: Sequence[float], time_budget: float | None, evaluations: int, journal: object) -> str:
     advice = "and name a journal, so that a second run goes on from this one" if journal is None else "the journal keeps those"
     return (
         f"The time budget of {time_budget:g} s was over after {evaluations} evaluations, before any target of {list(targets)} "

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,6 +32,12 @@ class Trial:
     tau_text: float
     tau_vision: float
     evaluation: Evaluation
+
+    def flat(self) -> dict[str, float]:
+        """Return the choice, its loss ``kl`` and its skip ratio ``ratio``, as reports hold it."""
+        found = self.evaluation
+        choice = {"gamma": self.gamma, "tau_text": self.tau_text, "tau_vision": self.tau_vision}
+        return {**choice, "kl": found.kl, "ratio": found.skip_ratio}
 
 
 class Trials:
@@ -67,11 +73,11 @@ class Trials:
             if known is None:
                 started = time.monotonic()
                 evaluation = self._objective.evaluate(thresholds(self._alpha, *choice).bounds(self._objective.num_layers))
-                self._journal.add(key, {name: None if math.isnan(x) else x for name, x in asdict(evaluation).items()})
+                self._journal.add(key, as_entry(evaluation))
                 self.measured += 1
                 self._seconds += time.monotonic() - started
             else:
-                evaluation = Evaluation(**{name: math.nan if x is None else x for name, x in known.items()})
+                evaluation = from_entry(known)
             self.made[choice] = Trial(*choice, evaluation)
             if self._on_trial is not None:
                 self._on_trial(self.made[choice])
@@ -92,6 +98,16 @@ class Trials:
             return False
         needed = self._seconds / max(self.measured, 1) * reserve
         return processes.from_main(lambda: time.monotonic() + needed >= self._deadline)
+
+
+def as_entry(evaluation: Evaluation) -> dict[str, float | None]:
+    """Return an evaluation as a journal keeps it: null for NaN."""
+    return {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}
+
+
+def from_entry(entry: Mapping[str, float | None]) -> Evaluation:
+    """Return the evaluation that a journal kept."""
+    return Evaluation(**{name: math.nan if value is None else value for name, value in entry.items()})
 
 
 def pareto(trials: Iterable[Trial]) -> tuple[Trial, ...]:

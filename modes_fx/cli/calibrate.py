@@ -15,7 +15,7 @@ from modes_fx.cli.terminal import console
 
 def calibrate(
     model: shared.ModelArgument,
-    data: shared.DataOption,
+    data: shared.DataOption = None,
     out: Annotated[
         Path, typer.Option(dir_okay=False, writable=True, help="JSON file for the importance of each layer.")
     ] = Path("importance.json"),
@@ -40,9 +40,10 @@ def calibrate(
     from modes_fx.calib.importance_journal import resumable_importance
     from modes_fx.calib.trials import data_hash
 
+    source = shared.Source(data, data_format, split, samples, seed, max_bad)
+    shared.check_data(model, source)
     with shared.session() as bars:
         network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-        source = shared.Source(data, data_format, split, samples, seed, max_bad)
         batches = shared.load_batches(network, processor, source, batch_size)
         importance = resumable_importance(
             network, batches, cast(Mode, mode), cast(Method, method), journal=journal,

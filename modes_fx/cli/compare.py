@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,9 +19,13 @@ from modes_fx.loading import DEMO
 
 if TYPE_CHECKING:
     from modes_fx.calib.objective import Batch
-    from modes_fx.compare import Row
+    from modes_fx.compare import Comparison, Row
+    from modes_fx.data import Sample
+    from modes_fx.plan import SkipPlan
 
-_DEMO_DATA = {"calibration": 12, "test": 64}  # images of each split; 8 questions each
+_DEMO_DATA = {"calibration": 12, "test": 64}  # images of each split
+_QUESTIONS = 8  # of each
+_SAMPLES = 1024
 
 
 def compare(
@@ -36,18 +42,25 @@ def compare(
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
     rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for compare.json and compare.csv.")] = Path(
-        "out/compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, writable=True, help="Folder for compare.html, compare.json and compare.csv.")
+    ] = Path("out/compare"),
     importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality, where pairs are searched.")] = 24,
     tolerance: Annotated[float, typer.Option(min=0.0, help="How far above its target a skip ratio may be.")] = 0.005,
-    speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding against stock.")] = False,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time prefill and decoding against stock transformers' fastest setting.")
+    ] = False,
+    journal: shared.JournalOption = None,
     data_format: shared.FormatOption = None,
     split: shared.SplitOption = None,
-    samples: shared.SamplesOption = 1024,
+    samples: Annotated[
+        int | None, typer.Option("--samples", min=1, help="Samples to draw from the data: 1024, or the demo's 96, if left out.")
+    ] = None,
     max_bad: shared.MaxBadOption = 0.05,
-    test_samples: Annotated[int, typer.Option(min=1, help="Samples to draw from the test data.")] = 1024,
+    test_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples to draw from the test data: 1024, or the demo's 512, if left out.")
+    ] = None,
     seed: shared.SeedOption = 0,
     batch_size: shared.BatchSizeOption = 8,
     dtype: shared.DtypeOption = "auto",
@@ -57,10 +70,11 @@ def compare(
     """Compare skipping rules at equal skip ratios: each tuned on one set of data, measured on another."""
     from modes_fx.calib.importance import Mode
     from modes_fx.calib.trials import data_hash, versions
-    from modes_fx.compare import CONTENDERS, Comparison
+    from modes_fx.compare import CONTENDERS
     from modes_fx.compare import compare as run
     from modes_fx.compare.output import mean_rows, write
-    from modes_fx.demo import make_batches
+    from modes_fx.demo import as_data, make_batches, make_samples
+    from modes_fx.page.closeup import Closeup, look_closely
 
     built_in = data == DEMO or (data is None and DEMO in models)
     if not built_in and (data is None or test_data is None):
@@ -71,10 +85,11 @@ def compare(
     if len(set(models)) < len(models):
         raise ModelError(f"{', '.join(models)}: a model is given twice. Name each once.")
     sources = (
-        shared.Source(Path(str(data)), data_format, split, samples, seed, max_bad),
-        shared.Source(cast(Path, test_data), data_format, test_split, test_samples, seed, max_bad),
+        shared.Source(Path(str(data)), data_format, split, samples or _SAMPLES, seed, max_bad),
+        shared.Source(cast(Path, test_data), data_format, test_split, test_samples or _SAMPLES, seed, max_bad),
     )
     found: dict[str, Comparison] = {}
+    closeups: list[Closeup] = []
     hashes: dict[str, str] = {}
     kinds = set()
     with shared.session() as bars:
@@ -88,20 +103,36 @@ def compare(
             tune: Sequence[Batch]
             test: Sequence[Batch]
             if built_in:
-                tune, test = (make_batches(part, n, processor, batch_size, seed) for part, n in _DEMO_DATA.items())
+                images = {
+                    part: -(-number // _QUESTIONS) if number else _DEMO_DATA[part]
+                    for part, number in (("calibration", samples), ("test", test_samples))
+                }
+                tune, test = (make_batches(part, n, processor, batch_size, seed) for part, n in images.items())
+                asked: Sequence[Sample] = as_data(make_samples("test", images["test"], seed))
             else:
-                tune, test = (shared.load_batches(network, processor, source, batch_size) for source in sources)
+                tune = shared.load_batches(network, processor, sources[0], batch_size)
+                asked = shared.load_samples(sources[1])
+                test = shared.load_batches(network, processor, asked, batch_size)
             hashes = {"calibration": data_hash(tune), "test": data_hash(test)}
+
+            def look(model: Any, plan: SkipPlan, *about: Any, data: Any = (processor, test, asked), name: str = name) -> None:
+                step = partial(bars, f"{Path(name).name}: samples to show")
+                try:
+                    closeups.append(look_closely(model, plan, *data, on_step=step))
+                except Exception as error:  # whatever a model's generate() raises: hours of measuring are not lost for pictures
+                    console.print(f"[yellow]No samples to show[/]: {type(error).__name__}: {error}")
+
             found[name] = run(
                 network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
-                grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed,
+                grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed, journal=journal,
+                look=look if name == models[0] else None,
                 progress=lambda part, done, total, name=name: bars(f"{Path(name).name}: {part}", done, total),
             )  # fmt: skip
         settings = {
             "models": models, "targets": list(targets), "importance_mode": importance_mode, "grid_size": grid_size,
             "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype, "versions": versions(),
         }  # fmt: skip
-        paths = write(found, settings, out)
+        paths = write(found, settings, out, closeups[0] if closeups else None)
     _print(mean_rows(found), found, [str(path) for path in paths])
 
 
@@ -111,13 +142,16 @@ def _kind(network: Any) -> tuple[str, str]:
     return type(network).__name__, config_hash(network.config)
 
 
-def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
+def _print(rows: Sequence[Row], found: Mapping[str, Comparison], paths: Sequence[str]) -> None:
     several = len(found) > 1
     scores = ", ".join(f"{each.unskipped['score']:.1%}" for each in found.values())
     samples = next(iter(found.values())).samples
-    ends = f"smallest to largest of {len(found)} models" if several else "95% over samples, paired bootstrap"
+    ends = f"95% of the mean over {len(found)} models, Student's t" if several else "95% over samples, paired bootstrap"
     table = Table(title=f"Test data, {samples} samples; unskipped score {scores}.\nIn brackets: {ends}", box=SIMPLE, padding=0)
-    for heading in ("rule", "skipped", "text", "vision", "KL", "flips", "score", "retained"):
+    # Of several models the divergence's interval takes the room of columns that are in the files too.
+    left_out = {"text", "vision", "flips"} if several else set()
+    headings = [name for name in _HEADINGS if name not in left_out]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for target in dict.fromkeys(row.target for row in rows):
         table.add_section()
@@ -126,14 +160,15 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
             if row.status == "unreachable":
                 table.add_row(row.title, f"[yellow]at most {row.largest:.1%}[/]")
                 continue
-            ratios = [f"{row.skipped[name]:.1%}" if name in row.skipped else "" for name in ("all", "text", "vision")]
+            cells = {name: f"{row.skipped[key]:.1%}" for name, key in _RATIOS.items() if key in row.skipped}
             if row.status == "overshot":
-                ratios[0] = f"[yellow]{ratios[0]}[/]"
-            metrics = row.metrics
-            cells = (f"{metrics['kl']:.1e}", f"{metrics['flips']:.1%}", f"{metrics['score']:.1%}", _retained(row))
-            table.add_row(row.title, *ratios, *cells)
+                cells["skipped"] = f"[yellow]{cells['skipped']}[/]"
+            cells |= {name: f"{row.metrics[name]:.1%}" for name in ("flips", "score")}
+            cells |= {"rule": row.title, "KL": _kl(row, several), "retained": _retained(row)}
+            table.add_row(*(cells.get(heading, "") for heading in headings))
     console.print(table)
-    _print_speed([row for row in rows if row.speed])
+    _print_ablation(rows)
+    _print_speed([row for row in rows if row.speed], found)
     if any(row.status == "overshot" for row in rows):
         console.print("[yellow]Yellow[/]: the rule has no setting nearer above its target.")
     console.print(
@@ -142,17 +177,66 @@ def _print(rows: Sequence[Row], found: Any, paths: Sequence[str]) -> None:
     console.print(f"Written to [bold]{'[/] and [bold]'.join(paths)}[/]", highlight=False)
 
 
-def _print_speed(rows: Sequence[Row]) -> None:
+_HEADINGS = ("rule", "skipped", "text", "vision", "KL", "flips", "score", "retained")
+_RATIOS = {"skipped": "all", "text": "text", "vision": "vision"}
+
+
+def _print_ablation(rows: Sequence[Row]) -> None:
+    """Print what each part of the method does on its own, where more than one was compared."""
+    from modes_fx.compare.contenders import ABLATION
+
+    parts = {name: [row for row in rows if row.rule == name] for name in ABLATION}
+    parts = {name: mine for name, mine in parts.items() if mine}
+    if len(parts) < 2:
+        return
+    targets = [row.target for row in next(iter(parts.values()))]
+    table = Table(title="The parts of the method: KL at each target", box=SIMPLE, padding=0)
+    for heading in ("part", "layers' weight", "thresholds", *(f"{target:.1%}" for target in targets)):
+        table.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
+    for name, mine in parts.items():
+        cells = ("" if row.status == "unreachable" else f"{row.metrics['kl']:.1e}" for row in mine)
+        table.add_row(mine[0].title, *_PARTS[name], *cells)
+    console.print(table)
+
+
+_PARTS = {
+    "threshold": ("1", "one"),
+    "gmlg": ("alpha", "one"),
+    "dmt": ("1", "text, vision"),
+    "modes": ("alpha", "text, vision"),
+    "tempered": ("alpha^gamma", "text, vision"),
+}
+
+
+def _print_speed(rows: Sequence[Row], found: Mapping[str, Comparison]) -> None:
     if not rows:
         return
-    table = Table(title="Times as fast as stock, and what generation skipped", box=SIMPLE, padding=0)
+    title = "Times as fast as stock's fastest setting, and what generation skipped.\nIn brackets: least and most of the rounds"
+    table = Table(title=title, box=SIMPLE, padding=0)
     for heading in ("rule", "target", "prefill", "skipped", "decode", "skipped"):
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
     for row in rows:
         skipped = {phase: f"{row.skipped[phase]:.1%}" if phase in row.skipped else "" for phase in row.speed}
-        cells = (cell for phase in row.speed for cell in (f"{row.speed[phase]:.2f}x", skipped[phase]))
+        cells = (cell for phase in row.speed for cell in (_times(row, phase), skipped[phase]))
         table.add_row(row.title, f"{row.target:.1%}", *cells)
     console.print(table)
+    for name, each in found.items():
+        if each.stock:
+            times = each.stock["stock_ms"]
+            bars = (f"{phase} {bar}, {times[bar][phase]:.1f} ms" for phase, bar in each.stock["fastest"].items())
+            console.print(f"Stock's fastest of {len(times)} settings, {Path(name).name}: {'; '.join(bars)} a token.")
+
+
+def _times(row: Row, phase: str) -> str:
+    if math.isnan(row.speed[phase]):
+        return "not told"
+    low, high = row.speed_range.get(phase, (math.nan, math.nan))
+    return f"{row.speed[phase]:.2f}x" + ("" if math.isnan(low) else f" [dim]({low:.2f} {high:.2f})[/]")
+
+
+def _kl(row: Row, several: bool) -> str:
+    low, high = row.intervals["kl"]
+    return f"{row.metrics['kl']:.1e}" + (f" [dim]({low:.1e} {high:.1e})[/]" if several else "")
 
 
 def _retained(row: Row) -> str:

@@ -27,7 +27,7 @@ def seconds(text: str) -> float:
 
 def search(
     model: shared.ModelArgument,
-    data: shared.DataOption,
+    data: shared.DataOption = None,
     importance: Annotated[Path, typer.Option(help="What `modes-fx calibrate` wrote.")] = Path("importance.json"),
     out: Annotated[Path, typer.Option(dir_okay=False, writable=True, help="File for the plan.")] = Path("plan.json"),
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.75, 0.875],  # noqa: B006
@@ -55,17 +55,17 @@ def search(
     from modes_fx.calib import search as find
     from modes_fx.calib.importance_file import ImportanceFile
 
+    source = shared.Source(data, data_format, split, samples, seed, max_bad)
+    shared.check_data(model, source)
     with shared.session() as bars:
         known = processes.together(lambda: ImportanceFile.load(importance))
         network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
         known.check_model(network)
-        batches = shared.load_batches(
-            network, processor, shared.Source(data, data_format, split, samples, seed, max_bad), batch_size
-        )
+        batches = shared.load_batches(network, processor, source, batch_size)
         fresh = None
         if held_out is not None:
-            source = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
-            fresh = shared.load_batches(network, processor, source, batch_size)
+            other = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
+            fresh = shared.load_batches(network, processor, other, batch_size)
         plan = find(
             network, batches, known.importance, targets, gammas=gammas, grid_size=grid_size, held_out=fresh,
             journal=journal, time_budget=time_budget,

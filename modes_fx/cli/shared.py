@@ -13,6 +13,8 @@ import typer
 import typer.core
 
 from modes_fx.cli.terminal import Bars, be_quiet, console
+from modes_fx.errors import CalibrationError
+from modes_fx.loading import DEMO
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from modes_fx.data import Samples
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, the id of a hub model, or `demo`.")]
-DataOption = Annotated[Path, typer.Option("--data", help="File or folder with questions, images and answers.")]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="File or folder with questions, images and answers; left out for `demo`, which has its own."),
+]
 FormatOption = Annotated[
     str | None, typer.Option("--data-format", help="Layout of the data; found out from the files if left out.")
 ]
@@ -42,6 +47,8 @@ JournalOption = Annotated[
         dir_okay=False, writable=True, help="File to keep each measurement in; a run that was cut off goes on from it."
     ),
 ]
+
+_DEMO_IMAGES = 12  # as `modes-fx demo` takes, with 8 questions each
 
 
 class SeveralValues(typer.core.TyperCommand):
@@ -78,7 +85,7 @@ class Source:
     """Where samples come from, and how many to draw.
 
     Attributes:
-        path: File or folder.
+        path: File or folder; None stands for the demo's own questions, of which there are 96.
         format: Its layout; None finds it out.
         split: One of its splits, or None.
         samples: How many to draw.
@@ -86,7 +93,7 @@ class Source:
         max_bad: Share of them that may be unusable.
     """
 
-    path: Path
+    path: Path | None
     format: str | None
     split: str | None
     samples: int
@@ -101,9 +108,34 @@ class Source:
         """
         from modes_fx.data import load_samples
 
+        if self.path is None:
+            return self._of_the_demo()
         return load_samples(
             self.path, limit=self.samples, seed=self.seed, format=self.format, split=self.split, max_bad=self.max_bad
         )
+
+    def _of_the_demo(self) -> Samples:
+        from modes_fx.data import LoadReport, Sample, Samples
+        from modes_fx.demo import make_samples
+
+        drawn = make_samples("calibration", _DEMO_IMAGES, self.seed)
+        chosen = [Sample(str(i), each.question, each.answer, (each.image,)) for i, each in enumerate(drawn[: self.samples])]
+        return Samples(chosen, LoadReport(DEMO, "built in", len(drawn), len(chosen), {}, ()))
+
+
+def check_data(model: str, source: Source) -> None:
+    """See that a model has data, and that no option for them is ignored.
+
+    Raises:
+        CalibrationError: It has not, or one would be.
+    """
+    if source.path is not None:
+        return
+    if model != DEMO:
+        raise CalibrationError(f"No data for {model}: pass --data. Only the model `{DEMO}` brings its own.")
+    for option, value in (("--data-format", source.format), ("--split", source.split)):
+        if value is not None:
+            raise CalibrationError(f"{option} would be ignored: the demo's built-in data are used. Pass --data too.")
 
 
 @contextmanager
@@ -137,8 +169,22 @@ def load_model(name: str, *, dtype: str, device_map: str | None, trust_remote_co
     return model, processor
 
 
-def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: int) -> list[Batch]:
-    """Return this process's share of the batches.
+def load_samples(source: Source) -> Samples:
+    """Draw the samples on the main process, and say what was found.
+
+    Raises:
+        CalibrationError: The data cannot be read.
+    """
+    from modes_fx.calib import processes
+
+    samples = processes.together(source.load)
+    processes_used = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
+    console.print(f"{samples.report}{processes_used}", highlight=False, markup=False)
+    return samples
+
+
+def load_batches(model: nn.Module, processor: Any, source: Source | Samples, batch_size: int) -> list[Batch]:
+    """Return this process's share of the batches, of samples that are drawn now or were drawn before.
 
     Raises:
         CalibrationError: The data cannot be read, or cannot be turned into the model's forward arguments.
@@ -146,9 +192,7 @@ def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: i
     from modes_fx.calib import processes
     from modes_fx.data import make_batches
 
-    samples = processes.together(source.load)
-    processes_used = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
-    console.print(f"{samples.report}{processes_used}", highlight=False, markup=False)
+    samples = load_samples(source) if isinstance(source, Source) else source
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     shard = processes.rank(), processes.world()
     return processes.together(lambda: list(make_batches(samples, processor, batch_size, shard=shard, dtype=dtype)))

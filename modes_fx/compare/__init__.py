@@ -1,7 +1,7 @@
 """Rules compared at equal skip ratios: each compiled into the model, tuned on calibration data, measured on other data."""
 
-from modes_fx.compare.bootstrap import ratio_interval
 from modes_fx.compare.contenders import CONTENDERS, Calibrated, Contender
+from modes_fx.compare.intervals import ratio_interval
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import TARGETS, Comparison, compare
 from modes_fx.compare.statistics import RoutingStatistics, routing_statistics

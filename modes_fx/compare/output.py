@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from modes_fx import strict_json
+from modes_fx.compare.contenders import ABLATION
+from modes_fx.compare.page import write_comparison_page
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
 from modes_fx.files import write_atomically
+from modes_fx.page.closeup import Closeup
 
 
 def mean_rows(comparisons: Mapping[str, Comparison]) -> tuple[Row, ...]:
@@ -21,25 +23,30 @@ def mean_rows(comparisons: Mapping[str, Comparison]) -> tuple[Row, ...]:
     return tuple(mean_row(rows) for rows in zip(*(each.rows for each in comparisons.values()), strict=True))
 
 
-def write(comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
-    """Write ``compare.json`` and ``compare.csv``.
+def write(
+    comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], out: Path, closeup: Closeup | None = None
+) -> tuple[Path, Path, Path]:
+    """Write ``compare.html``, ``compare.json`` and ``compare.csv``.
 
     Args:
         comparisons: By the model's name; all of the same rules and targets.
         settings: What they were made with.
         out: Folder.
+        closeup: Of the first model, for the page; see ``look_closely``.
     """
     means = mean_rows(comparisons)
     facts = {
         "settings": dict(settings),
         "rows": [asdict(row) for row in means],
+        "ablation": [name for name in ABLATION if any(row.rule == name for row in means)],
         "models": {name: asdict(each) for name, each in comparisons.items()},
     }
     lines = [{"model": name, **row.flat()} for name, each in comparisons.items() for row in each.rows]
     if len(comparisons) > 1:
         lines += [{"model": "mean", **row.flat()} for row in means]
     return (
-        write_atomically(out / "compare.json", json.dumps(_plain(facts), indent=2, allow_nan=False) + "\n"),
+        write_comparison_page(facts, closeup, out / "compare.html"),
+        write_atomically(out / "compare.json", strict_json.dumps(facts)),
         write_atomically(out / "compare.csv", _as_csv(lines)),
     )
 
@@ -51,14 +58,3 @@ def _as_csv(lines: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    """Make a structure fit for standard JSON, which has neither NaN nor infinity."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
-    return value

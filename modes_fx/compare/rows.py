@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from modes_fx.compare.bootstrap import Interval, ratio_interval
+from modes_fx.compare.intervals import Interval, mean_interval, ratio_interval
 from modes_fx.compare.samples import SampleScores
 
 METRICS = ("kl", "flips", "score", "retained")
@@ -26,14 +26,17 @@ class Row:
             setting nearer above. ``"unreachable"``: it cannot skip as much, and nothing else is known.
         largest: The largest skip ratio seen on calibration data while tuning.
         skipped: Skip ratios by name: ``calibration``; on test data ``all``, ``text``, ``vision``, ``prefill`` and, where
-            generation was timed, ``decode``.
+            generation was timed, ``decode``: both phases then are those of the timed prompts.
         metrics: On test data: ``kl`` (nats an answer token), ``flips`` (share of answer tokens whose most likely token
             changes), ``score`` (share of samples answered right), ``retained`` (score / the unskipped model's).
-        intervals: 95% of each metric: over samples by a paired bootstrap; over models, where several were averaged, from the
-            smallest to the largest.
-        speed: Where timed, times as fast as stock: ``prefill``, ``decode``.
+        intervals: 95% of each metric: over samples by a paired bootstrap; where several models were averaged, of their mean by
+            Student's t, which takes them for independent draws (seeds of training, say) of normal spread.
+        speed: Where timed, times as fast as stock's fastest setting, by phase: ``prefill``, ``decode``; NaN where it cannot be
+            told.
         point: The thresholds, as in a plan.
         models: How many models it is the mean of.
+        spread: Of each metric over several models, the smallest and the largest.
+        speed_range: The smallest and the largest of ``speed`` in one round, over all rounds and models.
     """
 
     rule: str
@@ -47,6 +50,8 @@ class Row:
     speed: Mapping[str, float] = field(default_factory=dict)
     point: Mapping[str, Any] = field(default_factory=dict)
     models: int = 1
+    spread: Mapping[str, Interval] = field(default_factory=dict)
+    speed_range: Mapping[str, Interval] = field(default_factory=dict)
 
     def flat(self) -> dict[str, Any]:
         """Return it as one line of a table."""
@@ -55,6 +60,8 @@ class Row:
             kept |= {f"{name}_{key}": value for key, value in getattr(self, name).items()}
         for name, (low, high) in self.intervals.items():
             kept |= {f"{name}_low": low, f"{name}_high": high}
+        for name, (low, high) in self.speed_range.items():
+            kept |= {f"speed_{name}_low": low, f"speed_{name}_high": high}
         return kept | {f"point_{name}": self.point.get(name) for name in ("tau_text", "tau_vision", "gamma")}
 
 
@@ -88,5 +95,14 @@ def mean_row(rows: Sequence[Row]) -> Row:
         return {key: sum(table[key] for table in tables) / len(tables) for key in tables[0] if all(key in t for t in tables)}
 
     metrics = mean("metrics")
-    between = {key: (min(row.metrics[key] for row in rows), max(row.metrics[key] for row in rows)) for key in metrics}
-    return replace(common, skipped=mean("skipped"), metrics=metrics, intervals=between, speed=mean("speed"))
+    values = {name: [row.metrics[name] for row in rows] for name in metrics}
+    timed = {name: [end for row in rows for end in row.speed_range[name]] for name in mean("speed")}
+    return replace(
+        common,
+        skipped=mean("skipped"),
+        metrics=metrics,
+        intervals={name: mean_interval(each) for name, each in values.items()},
+        spread={name: (min(each), max(each)) for name, each in values.items()},
+        speed=mean("speed"),
+        speed_range={name: (min(ends), max(ends)) for name, ends in timed.items()},
+    )

@@ -1,64 +1,244 @@
-"""How fast a model runs under a plan against the same weights in stock transformers, measured in turn."""
+"""How fast a model runs under a plan against the same weights in stock transformers' fastest setting, measured in turn.
+
+Prefill is the time to the first token of ``generate``, decoding the median time between two tokens after it: both are read off
+one clock during the same run, so that neither is the difference of two noisy runs.
+"""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import statistics
 import time
-from collections.abc import Mapping
-from typing import Any
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modes_fx.calib.objective import IGNORED, Batch
-from modes_fx.optimize import stats
+from modes_fx.errors import CalibrationError
+from modes_fx.optimize import is_optimized, stats
+from modes_fx.regions import find_moe_layers
 
-NEW_TOKENS = 16
-ROUNDS = 5  # stock and skipping in each, after one to warm up
+PHASES = ("prefill", "decode")
+NEW_TOKENS = 24
+ROUNDS = 7  # each setting once in each
+WARM_UP = 2  # rounds before them, in which compilers work
+_RECOMPILE_LIMIT = 64  # torch's own lets a setting run uncompiled without a word, once its layers are more than 8
+
+_serial = itertools.count()
+Times = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How stock transformers is run.
+
+    Attributes:
+        experts: Implementation of its experts; None: as the model was loaded.
+        compiled: What of it ``torch.compile`` compiles, each in place.
+    """
+
+    experts: str | None = None
+    compiled: Literal["moe", "layer"] | None = None
+
+    def __str__(self) -> str:
+        what = {None: "", "moe": ", MoE blocks compiled", "layer": ", decoder layers compiled"}
+        return f"{self.experts or 'as loaded'}{what[self.compiled]}"
+
+
+# Not the loop compiled: it asks the device which experts have tokens, so that dynamo makes graphs by expert and by length.
+SETTINGS = (Setting("eager"), Setting("grouped_mm"), Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One plan against stock.
+
+    Attributes:
+        times: How many times as fast as the fastest stock setting, by phase: median over rounds. NaN where it cannot be told.
+        ranges: The smallest and the largest of the rounds.
+        skipped: Skip ratios of both phases; NaN where nothing was routed.
+    """
+
+    times: Times
+    ranges: dict[str, tuple[float, float]]
+    skipped: Times
 
 
 class Stopwatch:
     """Times prefill and decoding of one batch of prompts.
 
+    All stock settings are timed in turn, and the fastest of each phase is the bar from then on: it runs in turn with what is
+    compared to it.
+
     Args:
-        model: The model before it is optimised; a stock twin that shares its weights is kept.
+        model: The model before it is optimised; stock twins that share its weights are made of it.
         batch: One batch of test data; its answers are cut off.
+        chosen: The bar's settings by phase, if they are known: then no others are timed.
+        on_step: Called with (settings timed, settings to time in all).
+
+    Attributes:
+        chosen: The bar's setting in each phase, as text.
+        facts: ``stock_ms``: each setting's medians by phase, ms and ms a token; ``failed``: why those not there do not run;
+            and the prompts' ``batch`` and ``prompt_tokens``.
+
+    Raises:
+        CalibrationError: No stock setting runs.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        self._stock = copy.deepcopy(model, shared)
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        chosen: Mapping[str, str] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> None:
         self._prompts = prompts_of(batch, next(model.parameters()).device)
+        size, length = self._prompts["input_ids"].shape
+        self.facts: dict[str, Any] = {"batch": size, "prompt_tokens": length, "threads": torch.get_num_threads()}
+        wanted = [setting for setting in settings_of(model) if chosen is None or str(setting) in chosen.values()]
+        twins, failed = self._twins(model, wanted)
+        if chosen is None:
+            times = _in_turn({name: self._runner(twin) for name, twin in twins.items()}, on_step)
+            medians = {name: {phase: _median(column) for phase, column in found.items()} for name, found in times.items()}
+            self.facts["stock_ms"] = {
+                name: {phase: 1e3 * seconds for phase, seconds in found.items()} for name, found in medians.items()
+            }
+            self.facts["failed"] = failed
+            chosen = {phase: min(medians, key=lambda name: _or_last(medians[name][phase])) for phase in PHASES}
+        self.chosen = dict(chosen)
+        self._stock = {name: self._runner(twins[name]) for name in dict.fromkeys(self.chosen.values())}
 
-    def __call__(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-        """Return how many times as fast as stock ``prefill`` and ``decode`` are, and the skip ratios of both phases."""
-        times: dict[str, list[tuple[float, float]]] = {"stock": [], "ours": []}
-        for round_ in range(ROUNDS + 1):
-            for name, timed in (("stock", self._stock), ("ours", model)):
-                first = self._seconds(timed, 1)
-                more = self._seconds(timed, 1 + NEW_TOKENS)
-                if round_:
-                    times[name].append((first, max(more - first, 1e-9)))
+    def __call__(self, model: nn.Module) -> Speed:
+        """Time an optimised model under the plan in force, in turn with the bar."""
+        found = _in_turn({**self._stock, "": self._runner(model)})
+        times, ranges = {}, {}
+        for phase in PHASES:
+            rounds = zip(found[self.chosen[phase]][phase], found[""][phase], strict=True)
+            ratios = [bar / mine for bar, mine in rounds if mine > 0 and bar > 0]
+            times[phase] = _median(ratios)
+            ranges[phase] = (min(ratios, default=math.nan), max(ratios, default=math.nan))
         counted = stats(model)
         with counted.reset().counting():
-            self._seconds(model, 1 + NEW_TOKENS)
-        stock, ours = ([statistics.median(column) for column in zip(*times[name], strict=True)] for name in ("stock", "ours"))
-        ratios = {phase: counted.skip_ratio(phase=phase) for phase in ("prefill", "decode")}
-        return {"prefill": stock[0] / ours[0], "decode": stock[1] / ours[1]}, ratios
+            self._run(model)
+        return Speed(times, ranges, {phase: counted.skip_ratio(phase=phase) for phase in PHASES})
 
-    def _seconds(self, model: Any, new_tokens: int) -> float:
-        if self._device_is_cuda:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        model.generate(**self._prompts, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
-        if self._device_is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+    def _twins(self, model: nn.Module, wanted: Sequence[Setting]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+        """Return the settings that run, warm, and why others do not."""
+        twins, failed = {}, {}
+        for setting in wanted:
+            try:
+                twin = stock_twin(model, setting)
+                for _ in range(WARM_UP):
+                    self._run(twin, stock=True)
+                twins[str(setting)] = twin
+            except Exception as error:  # whatever a model's code or a compiler raises: the setting is none that users have
+                failed[str(setting)] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        if not twins:
+            raise CalibrationError(
+                f"No stock setting of {type(model).__name__} generates text, to compare speeds with: {failed}."
+            )
+        return twins, failed
 
-    @property
-    def _device_is_cuda(self) -> bool:
-        return self._prompts["input_ids"].is_cuda
+    def _runner(self, model: nn.Module) -> Callable[[], Times]:
+        return lambda: self._run(model, stock=not is_optimized(model))
+
+    def _run(self, model: Any, stock: bool = False) -> Times:
+        """Generate once; return the seconds of each phase, NaN where no token was timed."""
+        limit: Any = {"recompile_limit": _RECOMPILE_LIMIT} if stock else {}
+        clock, tokens = _Clock(), 1 + NEW_TOKENS
+        with torch._dynamo.config.patch(limit):
+            started = _now(self._prompts["input_ids"].device)
+            model.generate(
+                **self._prompts, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )  # fmt: skip
+        steps = [later - earlier for earlier, later in itertools.pairwise(clock.seen)]
+        return {"prefill": clock.seen[0] - started if clock.seen else math.nan, "decode": _median(steps)}
+
+
+def settings_of(model: nn.Module) -> Sequence[Setting]:
+    """Return the settings to try: those of the experts only where the model's go through transformers' interface."""
+    if any(layer.form is None for layer in find_moe_layers(model)) and hasattr(model, "set_experts_implementation"):
+        return SETTINGS
+    return tuple(dict.fromkeys(Setting(None, setting.compiled) for setting in SETTINGS))
+
+
+def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
+    """Return a copy of a model in a stock setting, which shares its weights."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin: Any = copy.deepcopy(model, shared)
+    if setting.experts is not None:
+        twin.set_experts_implementation(setting.experts)
+    if setting.compiled is not None:
+        regions = {id(region): region for layer in find_moe_layers(twin) if (region := layer.region(setting.compiled))}
+        caller = _own_caller()
+        for region in regions.values():
+            # A decoder layer's graph holds its index: a cache for each, so that none is searched for among those of all.
+            call = caller if setting.compiled == "moe" else _own_caller()
+            region._compiled_call_impl = types.MethodType(call, region)
+    stock: nn.Module = twin
+    return stock
+
+
+def _own_caller() -> Callable[..., Any]:
+    """Return ``module(...)``, compiled, with a cache of graphs of its own; see the note in ``modes_fx.regions``."""
+
+    def call_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    name = f"call_stock_{next(_serial)}"
+    own = types.FunctionType(call_stock.__code__.replace(co_name=name), call_stock.__globals__, name)
+    compiled: Callable[..., Any] = torch.compile(own)
+    return compiled
+
+
+class _Clock(StoppingCriteria):
+    """Notes when each token was chosen; stops nothing."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.seen.append(_now(input_ids.device))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _in_turn(
+    runners: Mapping[str, Callable[[], Times]], on_step: Callable[[int, int], None] | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """Run all once a round, so that a busy moment of the machine hits all alike; return the seconds of the timed rounds."""
+    found: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in runners}
+    steps = [(round_, name) for round_ in range(WARM_UP + ROUNDS) for name in runners]
+    for done, (round_, name) in enumerate(steps, start=1):
+        seconds = runners[name]()
+        if round_ >= WARM_UP:
+            for phase in PHASES:
+                found[name][phase].append(seconds[phase])
+        if on_step is not None:
+            on_step(done, len(steps))
+    return found
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _median(values: Sequence[float]) -> float:
+    told = [value for value in values if not math.isnan(value)]
+    return statistics.median(told) if told else math.nan
+
+
+def _or_last(seconds: float) -> float:
+    return math.inf if math.isnan(seconds) else seconds
 
 
 def prompts_of(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:

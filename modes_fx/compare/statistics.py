@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modes_fx import modality
 from modes_fx.calib.objective import Answers, Batch, bounds_in_force
-from modes_fx.calib.routing import BINS, bin_centres, bin_of
+from modes_fx.calib.routing import BINS, bin_centres, bin_of, dispatches_shown
 from modes_fx.errors import CalibrationError
 from modes_fx.modality import PADDING
 from modes_fx.optimize import optimized_state
@@ -54,44 +52,35 @@ def routing_statistics(
     hidden: list[list[Tensor]] = [[] for _ in range(layers)]
     wanted = -(-tokens // len(batches)) if similarity else 0
 
-    def hook(layer: int) -> Any:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            running = modality.running()
-            hidden_TH, _, weights_TK = (*args, *kwargs.values())[:3]
-            if running is None:
-                return
-            real = running.flat(len(weights_TK), weights_TK.device) != PADDING
-            weights = weights_TK.detach()[real].float().clamp(min=0)
-            behind = ~at_or_after(weights).all(dim=2)  # all but rank 1
-            tails, first = tail_sums(weights), weights.amax(dim=1, keepdim=True)
-            for counts, values, whole in ((shares, tails, tails.amax(dim=1, keepdim=True)), (ratios, weights, first)):
-                found = torch.where(whole > 0, values / whole, 0.0)[behind]
-                counts[layer] += torch.bincount(bin_of(found), minlength=BINS).cpu()
-            if wanted:
-                rows = hidden_TH.detach()[real]
-                even = torch.linspace(0, len(rows) - 1, min(wanted, len(rows))).round().long()
-                hidden[layer].append(rows[even.to(rows.device)].cpu())
+    def see(layer: int, hidden_TH: Tensor, weights_TK: Tensor, classes_T: Tensor) -> None:
+        real = classes_T != PADDING
+        weights = weights_TK.detach()[real].float().clamp(min=0)
+        behind = ~at_or_after(weights).all(dim=2)  # all but rank 1
+        tails, first = tail_sums(weights), weights.amax(dim=1, keepdim=True)
+        for counts, values, whole in ((shares, tails, tails.amax(dim=1, keepdim=True)), (ratios, weights, first)):
+            found = torch.where(whole > 0, values / whole, 0.0)[behind]
+            counts[layer] += torch.bincount(bin_of(found), minlength=BINS).cpu()
+        if wanted:
+            rows = hidden_TH.detach()[real]
+            even = torch.linspace(0, len(rows) - 1, min(wanted, len(rows))).round().long()
+            hidden[layer].append(rows[even.to(rows.device)].cpu())
 
-        return record
-
-    answers = Answers(model)
-    state.regions.suspend()
-    handles = [layer.experts.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(state.layers)]
-    try:
-        with bounds_in_force(state.runtime, None):
-            for batch in batches:
-                answers(batch)
-            for handle in handles:
-                handle.remove()
-            alike = [
-                _similarity(layer.experts, torch.cat(rows)[:tokens], state.runtime.sites[index].num_experts)
-                for index, (layer, rows) in enumerate(zip(state.layers, hidden, strict=True))
-                if wanted
-            ]
-    finally:
-        for handle in handles:
-            handle.remove()
-        state.regions.resume()
+    answers, alike = Answers(model), []
+    with bounds_in_force(state.runtime, None), dispatches_shown(model, see):
+        for batch in batches:
+            answers(batch)
+    if wanted:
+        state.regions.suspend()
+        try:
+            for index, (layer, rows) in enumerate(zip(state.layers, hidden, strict=True)):
+                site = state.runtime.sites.get(index)  # a layer that was not rewritten, or never ran, has no table to look up
+                experts = site.num_experts if site else 1
+                seen = bool(site and rows)
+                alike.append(
+                    _similarity(layer.experts, torch.cat(rows)[:tokens], experts) if seen else torch.ones(experts, experts)
+                )
+        finally:
+            state.regions.resume()
     return RoutingStatistics(
         _medians(shares), _medians(ratios), tuple(tuple(tuple(row) for row in table.tolist()) for table in alike)
     )

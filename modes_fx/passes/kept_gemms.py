@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-import modes_fx.kernels.ops  # noqa: F401 - registers torch.ops.modes_fx
 from modes_fx.kernels.library import DTYPES
+from modes_fx.kernels.packed import PackedWeight
 from modes_fx.passes.compact import add_rows
 from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
 from modes_fx.passes.site import Reject, RoutingSite
@@ -46,6 +46,13 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys() or argument(gemm, 3, "bias") is not None:
             return f"GEMMs of {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     return ""
+
+
+def kind(graph: fx.Graph, site: RoutingSite) -> str:
+    """Return which kernels a site's GEMMs will be."""
+    node = {item.name: item for item in graph.nodes}
+    packed = [isinstance(_weight(gemm).meta["example_value"], PackedWeight) for gemm in _gemms(node, site)]
+    return "packed kernels" if all(packed) else "kernels"
 
 
 def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, *bounds: fx.Node) -> fx.Node:

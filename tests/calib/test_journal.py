@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modes_fx.calib.journal import Journal
+from modes_fx.calib.journal import Journal, opened
 from modes_fx.errors import CalibrationError
 
 ABOUT = {"model": "m", "data": "d", "versions": {"torch": "2"}}
@@ -141,3 +141,16 @@ def test_a_full_disk_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("modes_fx.calib.journal.os.fsync", full)
     with pytest.raises(CalibrationError, match=r"No space left.*make room"):
         journal.add(*ENTRIES[0])
+
+
+def test_parts_of_a_journal_share_its_file_and_keep_their_entries_apart(tmp_path: Path) -> None:
+    whole = Journal(tmp_path / "journal.jsonl", {"model": "a"})
+    first, second = whole.under("first"), whole.under("second", 2)
+    first.add(("key", 0.5), {"value": 1})
+    second.under("deeper").add(("key", 0.5), {"value": 2})
+    assert second.get(("key", 0.5)) is None
+    read = opened(tmp_path / "journal.jsonl", lambda: {"model": "a"})
+    assert read.under("first").get(("key", 0.5)) == {"value": 1}
+    assert read.get(("second", 2, "deeper", "key", 0.5)) == {"value": 2}
+    assert opened(read, lambda: {}) is read
+    assert len(read) == len(first) == 2

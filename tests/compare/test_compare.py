@@ -1,11 +1,13 @@
 """All rules on a tiny model: each reaches its target or says that it cannot, and what is reported is what happened."""
 
+import importlib
 import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 import modes_fx
@@ -13,13 +15,14 @@ from modes_fx.calib import Objective
 from modes_fx.compare import CONTENDERS, Comparison, Row, compare, mean_row
 from modes_fx.compare.contenders import contender
 from modes_fx.compare.samples import SampleObjective
-from modes_fx.compare.speed import prompts_of
 from modes_fx.errors import CalibrationError, ModesFxError, PlanError
 from modes_fx.policies import RULES, Rule, register
+from modes_fx.regions import find_moe_layers
 from tests import harness, oracle, tiny
 from tests.calib.conftest import oracle_kl, with_answers, without_labels
 
 CALIBRATION, TEST = [with_answers(1), with_answers(2, side="right"), with_answers(3)], [with_answers(4), with_answers(5)]
+search_module = importlib.import_module("modes_fx.calib.search")  # `modes_fx.calib.search` is the function of that name
 TARGETS, TOLERANCE = (0.5, 0.75), 0.04
 
 
@@ -108,26 +111,24 @@ def test_a_mean_over_models_spans_them(compared: Comparison) -> None:
     both = mean_row([row, worse])
     assert (both.models, both.status) == (2, "overshot")
     assert both.metrics["kl"] == pytest.approx(row.metrics["kl"] + 0.5)
-    assert both.intervals["kl"] == (row.metrics["kl"], worse.metrics["kl"])
+    assert both.spread["kl"] == (row.metrics["kl"], worse.metrics["kl"])
+    assert both.intervals["kl"] == (0.0, pytest.approx(both.metrics["kl"] + 12.7062 * 0.5))  # t of 1, standard error 1 / 2
+    assert both.intervals["score"] == (row.metrics["score"],) * 2
     none = mean_row([row, replace(row, status="unreachable", largest=0.3, metrics={}, skipped={})])
     assert (none.status, none.largest, none.metrics) == ("unreachable", 0.3, {})
     assert mean_row([row]) is row
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_registered_rule_takes_part_and_speed_is_measured(vlm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modes_fx.compare.speed.NEW_TOKENS", 2)
-    monkeypatch.setattr("modes_fx.compare.speed.ROUNDS", 1)
+def test_a_registered_rule_takes_part(vlm: nn.Module) -> None:
     register("above", Rule(lambda weights_TK, bound_T: weights_TK >= bound_T.unsqueeze(1), 0.0, math.inf))
     try:
-        found = compare(vlm, CALIBRATION, TEST, (0.5,), ("above", "threshold"), tolerance=TOLERANCE, timed=True)
+        found = compare(vlm, CALIBRATION, TEST, (0.5,), ("above", "threshold"), tolerance=TOLERANCE)
     finally:
         del RULES["above"]
     mine, same = found.rows
     assert mine.metrics == same.metrics
-    assert mine.speed.keys() == {"prefill", "decode"}
-    assert all(value > 0 for value in mine.speed.values())
-    assert 0 <= mine.skipped["decode"] <= 1
+    assert not mine.speed
 
 
 def test_a_rule_whose_tables_nobody_knows_is_refused() -> None:
@@ -145,11 +146,17 @@ def test_a_rule_whose_tables_nobody_knows_is_refused() -> None:
         ({"rules": ("magic",)}, ModesFxError, "Unknown rule 'magic'; known: random, reduce_k"),
         ({"targets": (1.5,)}, CalibrationError, r"targets in \[0, 1\]"),
         ({"rules": ()}, CalibrationError, "needs a rule"),
+        ({"grid_size": 1}, CalibrationError, "grid_size >= 2"),
+        ({"tolerance": math.nan}, CalibrationError, "tolerance >= 0"),
+        ({"importance_mode": "guess"}, CalibrationError, "Unknown mode 'guess'"),
+        ({"calibration": []}, CalibrationError, "There are no calibration data"),
+        ({"test": []}, CalibrationError, "There are no test data"),
+        ({"test": [without_labels(TEST[0])]}, CalibrationError, "test data cannot be used. Batch 0 needs `labels`"),
     ],
 )
 def test_what_makes_no_sense_is_refused(changes: dict[str, Any], error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
-        compare(tiny.make(), CALIBRATION, TEST, **changes)
+        compare(tiny.make(), **{"calibration": CALIBRATION, "test": TEST, **changes})
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -158,9 +165,29 @@ def test_an_optimised_model_is_refused(vlm: nn.Module) -> None:
         compare(modes_fx.optimize(vlm), CALIBRATION, TEST)
 
 
-def test_prompts_end_where_the_first_answer_begins() -> None:
-    batch = with_answers(0)
-    prompts = prompts_of(batch, torch.device("cpu"))
-    assert "labels" not in prompts
-    assert prompts["input_ids"].equal(batch["input_ids"][:, :-3])
-    assert prompts["pixel_values"].equal(batch["pixel_values"])
+@pytest.mark.usefixtures("without_inductor")
+def test_reduce_k_knows_k_of_blocks_whose_router_is_not_traced(vlm: nn.Module) -> None:
+    for layer in find_moe_layers(vlm):
+        add_hook_to_module(layer.block, ModelHook())
+    assert {site.top_k for site in modes_fx.report(modes_fx.optimize(vlm)).sites} == {0}
+    modes_fx.restore(vlm)
+    (row,) = compare(vlm, CALIBRATION, TEST, (0.6,), ("reduce_k",)).rows
+    assert row.point["tau_text"] == 1.0
+    assert row.skipped["all"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_only_targets_out_of_reach_become_rows_of_that_kind(vlm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def searched(rules: tuple[str, ...]) -> Comparison:
+        return compare(vlm, CALIBRATION, TEST, (0.9,), rules, grid_size=2)
+
+    low = [0.0, 0.01]
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, "score_grid", lambda *of: low)
+        (row,) = searched(("dmt",)).rows
+        assert (row.status, row.metrics) == ("unreachable", {})
+        assert 0.0 <= row.largest < 0.5
+    with monkeypatch.context() as patch:
+        patch.setattr(search_module, "score_grid", lambda *of: [0.2, 0.1])
+        with pytest.raises(CalibrationError, match="ascend"):
+            searched(("dmt",))

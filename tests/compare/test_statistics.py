@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import modes_fx
+from modes_fx.calib.routing import RoutingRecorder, bin_centres
 from modes_fx.compare import routing_statistics
 from modes_fx.compare.statistics import linear_cka
-from tests import oracle, tiny
+from tests import harness, oracle, tiny
 from tests.calib.conftest import Batch, with_answers, without_labels
+from tests.convert import cases
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
@@ -72,3 +74,23 @@ def test_one_expert_a_token_has_no_rank_behind_the_first() -> None:
     model = tiny.qwen3_vl_moe(num_experts_per_tok=1).eval()
     found = routing_statistics(modes_fx.optimize(model), DATA, similarity=False)
     assert found.tail_share == found.ratio_to_first == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("form", ["deepseek", "deepseek_flat"])  # ids and weights [T, K], and flat
+def test_converted_blocks_show_the_weights_that_their_routers_give(form: str) -> None:
+    case = cases.CASES[form]
+    inputs = case.inputs()
+    labels = inputs["input_ids"].clone()
+    labels[:, :-2] = -100
+    stock = cases.Oracle(case, None)
+    stock(inputs)
+    model = modes_fx.optimize(case.make())
+    with RoutingRecorder(model) as recorder:
+        harness.logits(model, inputs)
+    for counts, wanted in zip(recorder.counts[:, 0], stock.weights, strict=True):
+        assert bin_centres().repeat_interleave(counts).tolist() == pytest.approx(wanted.sort().values.tolist(), rel=2**-7)
+    found = routing_statistics(model, [{**inputs, "labels": labels}], tokens=8)
+    for layer, weights in enumerate(stock.weights):
+        ratios = [w / max(token) for token in weights.view(-1, 3).tolist() for w in sorted(token)[:-1]]
+        assert found.ratio_to_first[layer] == pytest.approx(statistics.median_low(ratios), rel=2**-7)
+        assert torch.tensor(found.similarity[layer]).shape == (8, 8)
