@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modes_fx.kernels.library import DTYPES, load, load_packed
 
-_library = torch.library.Library("modes_fx", "DEF")
+_library = torch.library.Library("modes_fx", "FRAGMENT")
 _library.define("sort_pairs(Tensor keep, Tensor expert_ids, int num_experts) -> (Tensor, Tensor)")
 for _suffix, _weight in (("", "weight"), ("_packed", "blocks")):
     _library.define(f"linear{_suffix}(Tensor x, Tensor? pairs, int top_k, Tensor {_weight}, Tensor offsets) -> Tensor")

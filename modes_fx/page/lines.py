@@ -115,7 +115,8 @@ def retained(axes: Axes, lines: Sequence[Line]) -> None:
 
 def factor(axes: Axes, lines: Sequence[Line]) -> None:
     """A y axis of factors."""
-    values = [y for line in lines for y in line.y if not math.isnan(y)]
+    ends = [end for line in lines for pair in line.between for end in pair]
+    values = [y for y in (*ends, *(y for line in lines for y in line.y)) if not math.isnan(y)]
     axes.set_ylim(min([0.95, *values]) - 0.05, max([1.05, *values]) + 0.1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}×")
 

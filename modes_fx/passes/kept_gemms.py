@@ -34,7 +34,7 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     node = {item.name: item for item in graph.nodes}
     gemms = _gemms(node, site)
     if site.perm is None or not gemms:
-        return "its form is not grouped_mm"
+        return "its GEMMs are not those of grouped_mm"
     if node[site.hidden_TH].meta["example_value"].device.type != "cpu":
         return "not on a CPU"
     if torch.is_grad_enabled():
