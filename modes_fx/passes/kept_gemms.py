@@ -9,13 +9,14 @@ For a ``RoutingSite`` of the form ``grouped_mm``, with R <= S = T * K kept pairs
 
 See ``modes_fx/kernels`` for what they do. Where there is work between the second GEMM and the routing weights, that GEMM is a
 ``linear`` too, and rows are added up as in ``compact``. Not for gradients (the kernels have none), dtypes but float32 and
-bfloat16, and weights that do not lie along the inner dimension: those sites take the form ``compact``.
+bfloat16, quantised weights, and weights that do not lie along the inner dimension: those sites take the form ``compact``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from modes_fx.kernels.library import DTYPES
 from modes_fx.kernels.packed import PackedWeight
@@ -42,6 +43,9 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
         rows, weight = input_of(gemm), _stored(gemm)
         if weight is None:
             return "its weights lie along their outer dimension"
+        value = weight.meta["example_value"]
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, PackedWeight):
+            return f"weights stored as {type(value).__name__}"
         dtypes = {item.meta["example_value"].dtype for item in (rows, weight)}
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys() or argument(gemm, 3, "bias") is not None:
             return f"GEMMs of {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
