@@ -45,7 +45,7 @@ def stack() -> Any:
 def test_the_command_measures_every_part(tmp_path: Path) -> None:
     result = run(
         "bench", "--preset", "tiny", "--parts", "block", "layers", "growth", "--tokens", "1", "16", "--skip", "0", "0.5",
-        "--prompt", "16", "--cache", "4", "--growth-to", "16", "--rounds", "1", "--threads", "1",
+        "--prompt", "16", "--cache", "4", "--growth-to", "16", "--rounds", "1", "--threads", "1", "--layers", "1",
         "--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg",
     )  # fmt: skip
     assert result.exit_code == 0

@@ -128,10 +128,11 @@ class _Run:
             torch.set_num_threads(threads)
             machine = measure_machine()
             self.found.machines.append(machine)
+            twins = Twins(self.block, self.found.failed)  # afresh: code is generated for a number of threads
             if "block" in self.options.parts:
-                self._block(machine)
+                self._block(twins, machine)
         if "growth" in self.options.parts:
-            self._growth(machine)
+            self._growth(twins, machine)
         if "layers" in self.options.parts:
             self._layers(machine)
         if "overhead" in self.options.parts:
@@ -140,14 +141,14 @@ class _Run:
             self.found.overhead = overhead.measure(self.stack, decode, rounds, torch.zeros(1, 1, dtype=torch.int64))
         return self.found
 
-    def _block(self, machine: Machine) -> None:
-        twins, taus = Twins(self.block, self.found.failed), self._block_taus(self.options.skips)
+    def _block(self, twins: Twins, machine: Machine) -> None:
+        taus = self._block_taus(self.options.skips)
         for tokens in self.options.tokens:
             contenders = [*twins.stock(BLOCK_SETTINGS, tokens), *twins.peer(), *twins.ours(taus)]
             self._time(self._block_work("block", tokens, machine), contenders, f"block, {machine.threads} threads, T {tokens}")
 
-    def _growth(self, machine: Machine) -> None:
-        twins, taus = Twins(self.block, self.found.failed), self._block_taus(GROWTH_SKIPS)
+    def _growth(self, twins: Twins, machine: Machine) -> None:
+        taus = self._block_taus(GROWTH_SKIPS)
         for tokens in _powers(self.options.growth_to):
             self._time(self._block_work("growth", tokens, machine), twins.ours(taus), f"growth, T {tokens}")
 
