@@ -156,13 +156,13 @@ class _Run:
         twins, length = Twins(self.stack, self.found.failed), self.options.prompt
         classes = (torch.arange(length) < _VISUAL * length).long().unsqueeze(0)
         prefill = self._prefill_arguments(length)
+        sample = route(self.stack, self._prefill_arguments(_CALIBRATION)(_OTHERS))
         decode = self._decode_arguments()
         for phase, tokens, skip, ids, arguments, context in (
             ("prefill", length, _PREFILL_SKIP, classes, prefill, 0),
             ("decode", 1, _DECODE_SKIP, torch.zeros(1, 1, dtype=torch.int64), decode, self.options.cache),
         ):
-            sample = route(self.stack, self._prefill_arguments(_CALIBRATION)(_OTHERS))
-            taus = thresholds(sample, torch.zeros(_CALIBRATION, dtype=torch.bool), (0.0, skip))
+            taus = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, skip))
             contenders = [
                 *twins.stock(LAYER_SETTINGS, tokens), *twins.peer(), *twins.ours(taus), *twins.ours(taus, region="layer"),
             ]  # fmt: skip
