@@ -52,7 +52,7 @@ _DEMO_IMAGES = 12  # as `modes-fx demo` takes, with 8 questions each
 
 
 class SeveralValues(typer.core.TyperCommand):
-    """Takes several numbers after one ``--targets`` or ``--gammas``, several names after one ``--rules``."""
+    """Takes several values after one option: numbers after ``--targets``, say, names after ``--rules``; see ``_SEVERAL``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each of its values, as click wants it."""
@@ -77,7 +77,8 @@ def _is_name(text: str) -> bool:
     return not text.startswith("-")
 
 
-_SEVERAL = {"--targets": _is_number, "--gammas": _is_number, "--rules": _is_name}
+_NUMBERS = ("--targets", "--gammas", "--tokens", "--skip", "--threads")
+_SEVERAL = {**dict.fromkeys(_NUMBERS, _is_number), "--rules": _is_name, "--parts": _is_name}
 
 
 @dataclass(frozen=True)
