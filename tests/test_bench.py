@@ -64,6 +64,8 @@ def test_the_command_measures_every_part(tmp_path: Path) -> None:
         assert next(row["skip"] for row in mine if row["setting"] == "modes-fx") == 0
     assert all("layer" in row["setting"] for row in rows if "region" in row["setting"])
     assert {row["part"] for row in rows if 'region="layer"' in row["setting"]} == {"layers"}
+    assert {row["part"] for row in rows if row["setting"] == "modes-fx, packed"} <= {"block", "layers"}
+    assert ("modes-fx, packed" in facts["failed"]) != any(row["setting"] == "modes-fx, packed" for row in rows)
     prefill = next(row for row in rows if row["part"] == "layers" and row["skip"] == 0.88)
     assert 0.5 < prefill["skipped"] <= 1
     assert (tmp_path / "bench.svg").read_text().lstrip().startswith("<?xml")

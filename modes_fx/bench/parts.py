@@ -93,24 +93,27 @@ class Bench:
 Progress = Callable[[str, int, int], None]
 
 
-def run(options: Options, progress: Progress = lambda part, done, total: None) -> Bench:
+def run(
+    options: Options, progress: Progress = lambda part, done, total: None, keep: Callable[[Bench], None] = lambda found: None
+) -> Bench:
     """Measure; torch's number of threads is afterwards as it was.
 
     Args:
         options: What.
         progress: Called with a part's name, steps done and steps in all.
+        keep: Called with all that is measured so far, each time that there is more.
     """
     before = torch.get_num_threads()
     try:
         with torch.inference_mode():
-            return _Run(options, progress).all()
+            return _Run(options, progress, keep).all()
     finally:
         torch.set_num_threads(before)
 
 
 class _Run:
-    def __init__(self, options: Options, progress: Progress) -> None:
-        self.options, self.progress = options, progress
+    def __init__(self, options: Options, progress: Progress, keep: Callable[[Bench], None]) -> None:
+        self.options, self.progress, self.keep = options, progress, keep
         self.stack = build(options.preset, options.layers, options.skew)
         self.block = block_of(self.stack)
         self.width = self.stack.config.hidden_size
@@ -144,7 +147,8 @@ class _Run:
     def _block(self, twins: Twins, machine: Machine) -> None:
         taus = self._block_taus(self.options.skips)
         for tokens in self.options.tokens:
-            contenders = [*twins.stock(BLOCK_SETTINGS, tokens), *twins.peer(), *twins.ours(taus)]
+            ours = [*twins.ours(taus), *twins.packed(taus)]
+            contenders = [*twins.stock(BLOCK_SETTINGS, tokens), *twins.peer(), *ours]
             self._time(self._block_work("block", tokens, machine), contenders, f"block, {machine.threads} threads, T {tokens}")
 
     def _growth(self, twins: Twins, machine: Machine) -> None:
@@ -165,6 +169,7 @@ class _Run:
             taus = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, skip))
             contenders = [
                 *twins.stock(LAYER_SETTINGS, tokens), *twins.peer(), *twins.ours(taus), *twins.ours(taus, region="layer"),
+                *twins.packed(taus),
             ]  # fmt: skip
             limit = self._limit(self.stack, arguments, ids, machine, context)
             work = Work("layers", phase, tokens, ids, arguments, limit)  # type: ignore[arg-type]
@@ -176,6 +181,7 @@ class _Run:
             work, contenders, rounds, limit_s=self.options.limit_s, failed=self.found.failed, flush=self._flushed.amax,
             on_step=lambda done, total: self.progress(name, done, total),
         )  # fmt: skip
+        self.keep(self.found)
 
     def _block_taus(self, skips: Sequence[float]) -> dict[float, tuple[float, float] | None]:
         return thresholds(self.block_sample, torch.zeros(_CALIBRATION, dtype=torch.bool), skips)

@@ -1,7 +1,8 @@
-"""What is timed: stock settings, vLLM's kernel and modes-fx, all on one set of weights."""
+"""What is timed: stock settings, vLLM's kernel and modes-fx, all on one set of weights but where they are packed."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 from modes_fx.bench import peer
 from modes_fx.bench.models import Routing
 from modes_fx.compare.speed import Setting, stock_twin
+from modes_fx.errors import ModelError
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
 from modes_fx.regions import Region
@@ -86,6 +88,18 @@ class Twins:
         """Return modes-fx at each skip ratio."""
         name = "modes-fx" if region == "moe" else f'modes-fx, region="{region}"'
         model = self._twin(name, lambda: optimize(stock_twin(self.model, S), region=region))
+        return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
+
+    def packed(self, taus: Mapping[float, tuple[float, float] | None]) -> list[Contender]:
+        """Return modes-fx with packed weights at each skip ratio, if this CPU and these weights take that."""
+        name = "modes-fx, packed"
+        if name in self.failed:
+            return []
+        try:
+            model = self._twin(name, lambda: optimize(copy.deepcopy(self.model), prepack=True))
+        except ModelError as error:
+            self.failed[name] = str(error)
+            return []
         return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
 
     def _twin(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:

@@ -36,7 +36,7 @@ def bench(
     import torch
 
     from modes_fx import strict_json
-    from modes_fx.bench import Options, output, run
+    from modes_fx.bench import Bench, Options, output, run
     from modes_fx.bench.models import Skew
     from modes_fx.files import write_atomically
 
@@ -47,13 +47,17 @@ def bench(
         preset=preset, parts=parts, tokens=tokens, skips=skip, layers=layers, prompt=prompt, cache=cache, growth_to=growth_to,
         skew=cast(Skew, skew), rounds=rounds, limit_s=limit, threads=threads or (torch.get_num_threads(),),
     )  # fmt: skip
+
+    def keep(found: Bench) -> None:
+        if json_file is not None:
+            write_atomically(json_file, strict_json.dumps(output.facts(found, options)))
+
     with Bars() as bars:
-        found = run(options, bars)
+        found = run(options, bars, keep)
+    keep(found)
     for table in output.tables(found, options):
         console.print(table)
     for line in output.notes(found, options):
         console.print(line, highlight=False, markup=False)
-    if json_file is not None:
-        write_atomically(json_file, strict_json.dumps(output.facts(found, options)))
     if plot is not None:
         write_atomically(plot, output.plot(found, options))
