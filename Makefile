@@ -6,7 +6,7 @@ EXTRAS := .venv-extras
 LMMS   := lmms-eval==0.7.3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras lint bench coverage clean
+.PHONY: help demo test test-all test-extras lint bench bench-full coverage clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -40,8 +40,12 @@ lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(SYNC)  ## time an MoE block of Qwen3-VL-30B-A3B against stock settings
-	$(BIN)/python benchmarks/moe_block.py
+bench: $(SYNC)  ## time an MoE block of Qwen3-VL-30B-A3B against stock settings (2 minutes)
+	$(BIN)/modes-fx bench --tokens 1 512 --rounds 5 --json out/bench/bench.json
+
+bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, growth, overhead (15 minutes, 24 GB of memory)
+	$(BIN)/modes-fx bench --parts block layers growth overhead --tokens 1 64 512 2048 --threads 1 2 \
+		--json out/bench/bench-full.json --plot out/bench/bench-full.svg
 
 coverage: $(SYNC)  ## write the README's table of model families anew
 	$(BIN)/python -m tests.families.coverage --write README.md

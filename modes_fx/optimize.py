@@ -17,6 +17,7 @@ from modes_fx.budget import Budget, budget_of
 from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.experts import IMPLEMENTATION, left_in_a_copy
+from modes_fx.kernels.packed import Packing
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
@@ -45,16 +46,22 @@ class _Optimized:
         self.watches: list[Watch] = []
         self.regions = CompiledRegions()
         self.conversions = Conversions()
+        self.packing = Packing()
         self.experts_before: list[tuple[Any, Any]] = []
         self.attention_before: list[tuple[Any, str]] = []
 
     def __reduce__(self) -> Any:
         return left_in_a_copy, ()  # a copied or pickled model is not optimised: compiled regions do not travel
 
+    @property
+    def rewritten(self) -> list[MoeLayer]:
+        return [layer for index, layer in enumerate(self.layers) if index in self.runtime.sites]
+
     def undo(self) -> None:
         for watch in self.watches:
             watch.remove()
         self.regions.remove()
+        self.packing.undo()
         self.conversions.undo()
         for config, implementation in self.experts_before:
             config._experts_implementation = implementation
@@ -76,6 +83,7 @@ def optimize(
     mode: str | None = None,
     dynamic: bool | None = None,
     options: Mapping[str, Any] | None = None,
+    prepack: bool = False,
 ) -> nn.Module:
     """Make a model skip the experts that a plan says do not matter; in place.
 
@@ -96,6 +104,9 @@ def optimize(
         mode: Inductor's, as for ``torch.compile``, such as ``"reduce-overhead"``.
         dynamic: As for ``torch.compile``: whether sizes may vary from the first graph on. None: from their first change on.
         options: Inductor's settings, as for ``torch.compile``; they go before the mode's.
+        prepack: Whether to pack the experts' bfloat16 weights for the CPU's matrix kernels, in their own memory: faster, with
+            AMX much so. ``state_dict`` and ``save_pretrained`` give the weights as they were, and ``restore`` puts them back;
+            until then other modules cannot share them, and they cannot be changed.
 
     Returns:
         The same model.
@@ -104,7 +115,8 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it or MoE blocks have to be converted.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it or MoE blocks have to be converted; or
+            ``prepack`` has nothing to pack.
         ModesFxError: An unknown region, dispatch or mode.
 
     In every case the model is left as it was, but for one that was optimised before: that may be left restored.
@@ -126,6 +138,8 @@ def optimize(
     try:
         if not state.runtime.sites:
             raise _no_site(state)
+        if prepack:
+            state.packing.pack([layer.experts for layer in state.rewritten if layer.stands_for is None])
         _compile(state, dispatch, dynamic, settings)
         # last, so that watches stand in front of regions
         state.watches = watch_modality(
@@ -363,8 +377,7 @@ def _compile(state: _Optimized, dispatch: Dispatch, dynamic: bool | None, settin
     skip = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
     backend = partial(skip, **settings)
     regions: dict[type, list[nn.Module]] = {}
-    rewritten = [layer for index, layer in enumerate(state.layers) if index in state.runtime.sites]
-    for layer in rewritten:
+    for layer in state.rewritten:
         module = layer.region(state.region)
         # A stand-in's experts alone, where its router cannot be traced, are compiled in place: no interface calls them.
         in_place = module is not layer.experts or layer.stands_for is not None
@@ -372,4 +385,4 @@ def _compile(state: _Optimized, dispatch: Dispatch, dynamic: bool | None, settin
             regions.setdefault(type(module), []).append(module)
     for modules in regions.values():
         state.regions.add(modules, backend, dynamic, share=state.region == "moe")
-    state.regions.add_alone([layer.experts for layer in rewritten if layer.stands_for is None], backend, dynamic)
+    state.regions.add_alone([layer.experts for layer in state.rewritten if layer.stands_for is None], backend, dynamic)

@@ -33,6 +33,7 @@ class SiteReport:
         dispatch: ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, experts a token.
         num_experts: E, experts of the layer.
+        gemms: ``"kernels"`` or ``"packed kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are ATen's.
     """
 
     name: str
@@ -43,6 +44,11 @@ class SiteReport:
     dispatch: str = ""
     top_k: int = 0
     num_experts: int = 0
+    gemms: str = ""
+
+
+def _dispatch(site: SiteReport) -> str:
+    return f"{site.dispatch}, {site.gemms}" if site.gemms.endswith("kernels") else site.dispatch or "-"
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Report:
 
     def __str__(self) -> str:
         rows = [
-            (site.name, site.status, site.form, site.dispatch or "-", site.top_k, site.num_experts, site.code or "-")
+            (site.name, site.status, site.form, _dispatch(site), site.top_k, site.num_experts, site.code or "-")
             for site in self.sites
         ]
         title = f"{self.model}, region {self.region!r}: {self.found} sites found, {len(self.rewritten)} rewritten"
@@ -144,6 +150,7 @@ class SkipStats:
         self._routed = torch.zeros(len(layers), len(MODALITIES), len(PHASES), dtype=torch.int64)
         self._kept = torch.zeros_like(self._routed)
         self._before: list[bool] = []  # what each enclosing `with` block found
+        self._by_token: list[tuple[int, Tensor]] | None = None
 
     def start(self) -> SkipStats:
         """Count from now on."""
@@ -166,6 +173,16 @@ class SkipStats:
         """Count inside the block; afterwards go on or stay off as before. So does ``with stats:``."""
         with self:
             yield self
+
+    @contextlib.contextmanager
+    def by_token(self) -> Iterator[list[tuple[int, Tensor]]]:
+        """Count inside the block, and yield a list that grows by (layer, int64 [T], experts kept of each token) a dispatch."""
+        self._by_token, before = [], self._by_token
+        try:
+            with self.counting():
+                yield self._by_token
+        finally:
+            self._by_token = before
 
     def __enter__(self) -> SkipStats:
         self._before.append(self.recording)
@@ -209,7 +226,10 @@ class SkipStats:
         """
         classes = tokens.ids.reshape(-1).to(pairs.device)
         routed = torch.bincount(classes, minlength=PADDING + 1) * top_k
-        kept = torch.bincount(classes[pairs[pairs >= 0] // top_k], minlength=PADDING + 1)
+        of_pair = pairs[pairs >= 0] // top_k
+        kept = torch.bincount(classes[of_pair], minlength=PADDING + 1)
+        if self._by_token is not None:
+            self._by_token.append((layer, torch.bincount(of_pair, minlength=len(classes)).cpu()))
         phase = PHASES.index(tokens.phase)
         self._routed[layer, :, phase] += routed[:PADDING].cpu()
         self._kept[layer, :, phase] += kept[:PADDING].cpu()

@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,8 @@ from tests import harness, tiny
 settings.register_profile("same", deadline=None, derandomize=True, database=None)  # the same examples every time
 settings.load_profile("same")
 torch.set_num_threads(1)
+# pytest listens to loggers that do not propagate, and torch writes a trace of every graph as soon as someone listens
+logging.getLogger("torch.__trace").propagate = True
 torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to start than the tiny kernels to compile
 
 
@@ -34,6 +37,25 @@ def fresh_dynamo() -> Iterator[None]:
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Optimise as ever, but run the rewritten graphs as they are: compiling them takes seconds."""
     harness.compile_with(monkeypatch, harness.uncompiled)
+
+
+@pytest.fixture(scope="module")
+def optimized_once() -> Iterator[nn.Module]:
+    """One optimised model for the tests of a file, its graphs run without Inductor."""
+    with pytest.MonkeyPatch.context() as patch:
+        harness.compile_with(patch, harness.uncompiled)
+        model = modes_fx.optimize(tiny.make())
+        harness.logits(model, tiny.mixed_batch())  # its graphs are made while Inductor is kept out
+        yield model
+    modes_fx.restore(model)
+
+
+@pytest.fixture
+def optimized_vlm(optimized_once: nn.Module) -> nn.Module:
+    """The model that a file's tests share, with all kept and nothing counted yet."""
+    modes_fx.set_plan(optimized_once, None)
+    modes_fx.stats(optimized_once).reset()
+    return optimized_once
 
 
 @pytest.fixture

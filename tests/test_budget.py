@@ -192,17 +192,12 @@ def searched(model: nn.Module, inputs: dict[str, Tensor], **changes: Any) -> Ski
     return SkipPlan(points, weights=recorder.quantiles(), **{"mode": "budget", **changes})
 
 
-@pytest.fixture
-def optimized(vlm: nn.Module, without_inductor: None) -> nn.Module:
-    return modes_fx.optimize(vlm)
-
-
-def test_recorded_quantiles_are_those_of_the_dispatched_weights(optimized: nn.Module) -> None:
+def test_recorded_quantiles_are_those_of_the_dispatched_weights(optimized_vlm: nn.Module) -> None:
     inputs = tiny.mixed_batch(seed=5)
     reference = oracle.Oracle(tiny.make(), None)
     reference(tiny.classes(inputs), **inputs)
-    with RoutingRecorder(optimized) as recorder:
-        logits(optimized, inputs)
+    with RoutingRecorder(optimized_vlm) as recorder:
+        logits(optimized_vlm, inputs)
     for layer, (weights,) in enumerate(reference.weights):
         for modality in range(2):
             mine = weights[tiny.classes(inputs).reshape(-1) == modality]
@@ -210,58 +205,58 @@ def test_recorded_quantiles_are_those_of_the_dispatched_weights(optimized: nn.Mo
             ordered = mine.double().flatten().sort().values
             wanted = [ordered[max(math.ceil(level / 4 * len(ordered)) - 1, 0)].item() for level in range(5)]
             assert found == pytest.approx(wanted, rel=0.01)
-    with RoutingRecorder(optimized) as recorder:
-        logits(optimized, tiny.text_batch(2, 5))
+    with RoutingRecorder(optimized_vlm) as recorder:
+        logits(optimized_vlm, tiny.text_batch(2, 5))
     assert recorder.quantiles(3)[0][1] == (0.0, 0.0, 0.0)
 
 
-def test_a_model_keeps_each_input_at_the_target_and_compiles_nothing_for_it(optimized: nn.Module) -> None:
-    plan = searched(optimized, tiny.mixed_batch(seed=5))
+def test_a_model_keeps_each_input_at_the_target_and_compiles_nothing_for_it(optimized_vlm: nn.Module) -> None:
+    plan = searched(optimized_vlm, tiny.mixed_batch(seed=5))
     inputs = [tiny.text_batch(2, 40, seed=1), tiny.mixed_batch(seed=2), tiny.mixed_batch(side="right", seed=3)]
     for batch in inputs:
-        logits(optimized, batch)
-    graphs = modes_fx.report(optimized).graphs
+        logits(optimized_vlm, batch)
+    graphs = modes_fx.report(optimized_vlm).graphs
     distances = {}
     for mode in ("fixed", "budget"):
-        modes_fx.set_plan(optimized, dataclasses.replace(plan, mode=mode), 0.5)
+        modes_fx.set_plan(optimized_vlm, dataclasses.replace(plan, mode=mode), 0.5)
         ratios = []
         for batch in inputs:
-            with modes_fx.stats(optimized).reset() as stats:
-                logits(optimized, batch)
+            with modes_fx.stats(optimized_vlm).reset() as stats:
+                logits(optimized_vlm, batch)
             ratios.append(stats.skip_ratio())
         distances[mode] = sum(abs(ratio - 0.5) for ratio in ratios)
     assert distances["budget"] < min(0.15, distances["fixed"])
-    assert modes_fx.report(optimized).graphs == graphs
+    assert modes_fx.report(optimized_vlm).graphs == graphs
 
 
-def test_fixed_thresholds_note_nothing(optimized: nn.Module) -> None:
-    plan = searched(optimized, tiny.mixed_batch())
-    runtime = optimized_state(optimized).runtime
-    modes_fx.set_plan(optimized, plan, 0.5)
+def test_fixed_thresholds_note_nothing(optimized_vlm: nn.Module) -> None:
+    plan = searched(optimized_vlm, tiny.mixed_batch())
+    runtime = optimized_state(optimized_vlm).runtime
+    modes_fx.set_plan(optimized_vlm, plan, 0.5)
     assert runtime.recording
-    modes_fx.set_plan(optimized, dataclasses.replace(plan, mode="fixed"), 0.5)
+    modes_fx.set_plan(optimized_vlm, dataclasses.replace(plan, mode="fixed"), 0.5)
     assert not runtime.recording
-    modes_fx.set_plan(optimized, plan, 0.5)
-    logits(optimized, tiny.mixed_batch())
-    assert int(modes_fx.stats(optimized).pairs_routed.sum()) == 0  # steering is not counting
+    modes_fx.set_plan(optimized_vlm, plan, 0.5)
+    logits(optimized_vlm, tiny.mixed_batch())
+    assert int(modes_fx.stats(optimized_vlm).pairs_routed.sum()) == 0  # steering is not counting
 
 
-def test_decode_steps_keep_their_fixed_thresholds(optimized: nn.Module) -> None:
+def test_decode_steps_keep_their_fixed_thresholds(optimized_vlm: nn.Module) -> None:
     inputs = tiny.mixed_batch(seed=5)
-    modes_fx.set_plan(optimized, searched(optimized, inputs), 0.5, decode_target=1.0)
-    with modes_fx.stats(optimized) as stats:
-        optimized.generate(**inputs, max_new_tokens=4, do_sample=False)
+    modes_fx.set_plan(optimized_vlm, searched(optimized_vlm, inputs), 0.5, decode_target=1.0)
+    with modes_fx.stats(optimized_vlm) as stats:
+        optimized_vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert stats.skip_ratio(phase="decode") == 1.0
     assert stats.skip_ratio(phase="prefill") == pytest.approx(0.5, abs=0.1)
 
 
 @pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad])
-def test_it_runs_in_inference_mode_and_out_of_it(optimized: nn.Module, context: Any) -> None:
+def test_it_runs_in_inference_mode_and_out_of_it(optimized_vlm: nn.Module, context: Any) -> None:
     inputs = tiny.mixed_batch(seed=5)
-    modes_fx.set_plan(optimized, searched(optimized, inputs), 0.5)
+    modes_fx.set_plan(optimized_vlm, searched(optimized_vlm, inputs), 0.5)
     with context():
-        assert optimized(**inputs, use_cache=False).logits.isfinite().all()
-    assert logits(optimized, inputs).isfinite().all()
+        assert optimized_vlm(**inputs, use_cache=False).logits.isfinite().all()
+    assert logits(optimized_vlm, inputs).isfinite().all()
 
 
 @pytest.mark.parametrize(("region", "dispatch"), [("moe", "static"), ("layer", "compact"), ("model", "compact")])
@@ -274,27 +269,27 @@ def test_any_region_and_dispatch_is_steered(vlm: nn.Module, without_inductor: No
     assert stats.skip_ratio() == pytest.approx(0.5, abs=0.1)
 
 
-def test_calibration_measures_fixed_bounds_and_puts_the_budget_back(optimized: nn.Module) -> None:
-    plan = searched(optimized, tiny.mixed_batch(seed=5))
-    modes_fx.set_plan(optimized, plan, 0.5)
-    runtime = optimized_state(optimized).runtime
+def test_calibration_measures_fixed_bounds_and_puts_the_budget_back(optimized_vlm: nn.Module) -> None:
+    plan = searched(optimized_vlm, tiny.mixed_batch(seed=5))
+    modes_fx.set_plan(optimized_vlm, plan, 0.5)
+    runtime = optimized_state(optimized_vlm).runtime
     budget = runtime.bounds_in_force
     assert isinstance(budget, Budget)
-    objective = Objective(optimized, [with_answers(1)])
+    objective = Objective(optimized_vlm, [with_answers(1)])
     assert objective.evaluate(torch.full((2, 2), INF)).skip_ratio == 1.0
     assert runtime.bounds_in_force is budget
     assert objective.evaluate(budget).skip_ratio == pytest.approx(0.5, abs=0.1)
 
 
-def test_threads_are_steered_apart(optimized: nn.Module) -> None:
+def test_threads_are_steered_apart(optimized_vlm: nn.Module) -> None:
     batches = [tiny.mixed_batch(seed=1), tiny.text_batch(3, 18, seed=3)]
-    modes_fx.set_plan(optimized, searched(optimized, batches[0]), 0.5)
-    alone = [logits(optimized, inputs) for inputs in batches]
+    modes_fx.set_plan(optimized_vlm, searched(optimized_vlm, batches[0]), 0.5)
+    alone = [logits(optimized_vlm, inputs) for inputs in batches]
     start, results = threading.Barrier(2), [[], []]
 
     def work(index: int) -> None:
         start.wait()
-        results[index].extend(logits(optimized, batches[index]) for _ in range(8))
+        results[index].extend(logits(optimized_vlm, batches[index]) for _ in range(8))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
     for thread in threads:

@@ -12,6 +12,7 @@ from modes_fx.compare import CONTENDERS, Comparison, Row
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from tests.command import run
+from tests.page.reading import read
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 SMALL = ("--grid-size", "3", "--targets", "0.5", "0.9", "--rules", "naee_top2", "threshold", "--batch-size", "8")
@@ -20,10 +21,11 @@ SMALL = ("--grid-size", "3", "--targets", "0.5", "0.9", "--rules", "naee_top2", 
 @pytest.fixture(autouse=True)
 def _little_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "_DEMO_DATA", {"calibration": 1, "test": 1})
+    monkeypatch.setattr("modes_fx.page.closeup.choose", lambda samples: samples[:2])
     monkeypatch.setenv("COLUMNS", "120")
 
 
-def test_two_models_make_a_table_of_means_and_two_files(tmp_path: Path) -> None:
+def test_two_models_make_a_table_of_means_and_three_files(tmp_path: Path) -> None:
     result = run("compare", "demo", CHECKPOINT, "--out", tmp_path, *SMALL)
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
@@ -34,6 +36,10 @@ def test_two_models_make_a_table_of_means_and_two_files(tmp_path: Path) -> None:
         "threshold",
     ):  # the table's cells wrap with the terminal's width
         assert wanted in said
+    page = read(tmp_path / "compare.html")
+    assert f"mean of 2 models (demo, {CHECKPOINT.name})" in page.whole
+    assert page.text.count("unskipped") == 2 + 1  # a card a sample, and the level that rules are held against
+    assert "threshold only at 90% of demo" in page.whole
     facts = json.loads((tmp_path / "compare.json").read_text())
     assert facts["ablation"] == ["threshold"]
     assert [(row["rule"], row["target"], row["models"]) for row in facts["rows"]] == [

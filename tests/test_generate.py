@@ -28,14 +28,13 @@ def generated(model: nn.Module, inputs: dict[str, Tensor], **settings: Any) -> T
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_all_kept_generates_what_stock_does_and_thresholds_skip(vlm: nn.Module, way: str) -> None:
+def test_all_kept_generates_what_stock_does_and_thresholds_skip(optimized_vlm: nn.Module, way: str) -> None:
     inputs, settings = tiny.mixed_batch(seed=5), WAYS[way]
     wanted = generated(tiny.make(), inputs, **settings)
-    modes_fx.optimize(vlm)
-    assert generated(vlm, inputs, **settings).equal(wanted)
-    modes_fx.set_plan(vlm, SkipPlan.uniform(text=float("inf"), vision=0.0))
-    with modes_fx.stats(vlm) as stats:
-        generated(vlm, inputs, **settings)
+    assert generated(optimized_vlm, inputs, **settings).equal(wanted)
+    modes_fx.set_plan(optimized_vlm, SkipPlan.uniform(text=float("inf"), vision=0.0))
+    with modes_fx.stats(optimized_vlm) as stats:
+        generated(optimized_vlm, inputs, **settings)
     assert stats.skip_ratio(modality="text") == 1
     assert stats.skip_ratio(modality="vision") == 0
     decoded = int(stats.pairs_routed[:, 0, 1].sum())
@@ -55,7 +54,7 @@ def test_assisted_generation_by_two_optimised_models() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_cache_of_the_users_own(vlm: nn.Module, kind: str) -> None:
+def test_a_cache_of_the_users_own(optimized_vlm: nn.Module, kind: str) -> None:
     inputs = tiny.mixed_batch(seed=5)
 
     def cache(model: nn.Module) -> Any:
@@ -64,5 +63,4 @@ def test_a_cache_of_the_users_own(vlm: nn.Module, kind: str) -> None:
 
     stock = tiny.make()
     wanted = generated(stock, inputs, do_sample=False, past_key_values=cache(stock))
-    modes_fx.optimize(vlm)
-    assert generated(vlm, inputs, do_sample=False, past_key_values=cache(vlm)).equal(wanted)
+    assert generated(optimized_vlm, inputs, do_sample=False, past_key_values=cache(optimized_vlm)).equal(wanted)

@@ -1,4 +1,4 @@
-"""The bare backend, found by name through its entry point, with real Inductor code."""
+"""The bare backend, found by name through its entry point."""
 
 import types
 
@@ -24,6 +24,12 @@ pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 LAYERS = tuple(f"model.layers.{i}.mlp.experts" for i in range(2))
 
 
+@pytest.fixture
+def uncompiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the rewritten graphs as they are, where Inductor's code is not the point: compiling a model takes a second."""
+    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+
+
 def run(model: nn.Module, options: dict[str, object], **inputs: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.compile(model, backend="modes_fx", options=options)(**inputs, use_cache=False).logits
@@ -42,10 +48,8 @@ def test_a_plan_by_layer_skips_what_the_oracle_drops() -> None:
     )
 
 
-def test_a_dispatch_that_is_switched_is_compiled_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+@pytest.mark.usefixtures("uncompiled_graphs")
+def test_a_dispatch_that_is_switched_is_compiled_once(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.make("qwen3_moe")
     ids = tiny.text_batch(2, 5)["input_ids"]
     classes = torch.zeros_like(ids)
@@ -75,6 +79,7 @@ def test_without_a_plan_everything_is_kept() -> None:
     assert relative_error(run(model, {"max_autotune": False}, input_ids=ids), wanted, ids >= 0) < 1e-5
 
 
+@pytest.mark.usefixtures("uncompiled_graphs")
 def test_modality_without_placeholder_ids_is_an_error_that_says_what_to_pass() -> None:
     model = tiny.make("qwen3_moe")
     plan = SkipPlan.uniform(text=0.1, vision=0.3)
@@ -82,6 +87,7 @@ def test_modality_without_placeholder_ids_is_an_error_that_says_what_to_pass() -
         run(model, {"plan": plan}, input_ids=tiny.text_batch(1, 4)["input_ids"])
 
 
+@pytest.mark.usefixtures("uncompiled_graphs")
 def test_embeddings_after_ids_do_not_get_the_older_modality() -> None:
     model = tiny.make("qwen3_moe")
     ids = tiny.text_batch(1, 4)["input_ids"]
@@ -96,8 +102,8 @@ def test_embeddings_after_ids_do_not_get_the_older_modality() -> None:
             assert compiled(inputs_embeds=embeds, use_cache=False).logits.isfinite().all()
 
 
-def test_forwards_of_another_shape_than_the_tokens_given_use_their_own_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+@pytest.mark.usefixtures("uncompiled_graphs")
+def test_forwards_of_another_shape_than_the_tokens_given_use_their_own_ids() -> None:
     model = tiny.make("qwen3_moe")
     ids = tiny.text_batch(1, 4)["input_ids"]
     options = {"plan": SkipPlan.uniform(text=0.1, vision=0.3), "vision_token_ids": [int(ids[0, 1])]}
@@ -106,9 +112,9 @@ def test_forwards_of_another_shape_than_the_tokens_given_use_their_own_ids(monke
         assert run(model, options, input_ids=ids).equal(wanted)
 
 
+@pytest.mark.usefixtures("uncompiled_graphs")
 @pytest.mark.parametrize("alike", [False, True])
-def test_a_model_does_not_get_the_tokens_of_another(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+def test_a_model_does_not_get_the_tokens_of_another(alike: bool) -> None:
     first, second = tiny.make("qwen3_moe"), tiny.make("qwen3_moe")
     ids = tiny.text_batch(1, 4)["input_ids"]
     plan = SkipPlan((PlanPoint(None, 0.1, 0.3),), ((0.5, 0.5), (0.5, 0.5)), LAYERS)
@@ -150,6 +156,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, object], messa
         run(tiny.make("qwen3_moe"), options, input_ids=tiny.text_batch(1, 4)["input_ids"])
 
 
+@pytest.mark.usefixtures("uncompiled_graphs")
 def test_a_layer_that_cannot_be_told_is_refused() -> None:
     model = tiny.make("qwen3_moe")
     plan = SkipPlan((PlanPoint(None, 0.1, 0.1),), ((0.5, 0.5), (0.5, 0.5)), ("elsewhere.0", "elsewhere.1"))
@@ -185,6 +192,7 @@ def test_a_users_own_module_is_rewritten_and_reported() -> None:
     assert "1 sites found, 1 rewritten" in str(report)
 
 
+@pytest.mark.usefixtures("uncompiled_graphs")
 def test_a_model_in_parts_reports_what_is_rewritten_in_each() -> None:
     model = tiny.make("qwen3_moe")
     plain = model.model.layers[0].forward
@@ -192,8 +200,8 @@ def test_a_model_in_parts_reports_what_is_rewritten_in_each() -> None:
     report = modes_fx.GraphReport()
     ids = tiny.text_batch(1, 4)["input_ids"]
     run(model, {"report": report}, input_ids=ids)
-    assert len(report.graphs) > 1
-    assert sum(bool(graph) for graph in report.graphs) >= 1
+    sites_in_each = [len(graph) for graph in report.graphs]
+    assert sorted(sites_in_each, reverse=True)[:3] == [1, 1, 0]  # a layer in a part, and parts without experts
     assert [site.status for site in report.sites] == ["rewritten"] * 2
 
 
@@ -216,5 +224,6 @@ def test_modes_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> No
     with torch.no_grad():
         torch.compile(tiny.make("qwen3_moe"), backend="modes_fx", mode="max-autotune-no-cudagraphs", dynamic=True)(ids)
         modes_fx.optimize(tiny.make("qwen3_moe"), mode="max-autotune-no-cudagraphs", options={"epilogue_fusion": False})(ids)
-    assert all(settings["max_autotune"] for settings in seen)
-    assert {settings.get("epilogue_fusion") for settings in (seen[0], seen[-1])} == {False}
+    assert [(settings["max_autotune"], settings.get("epilogue_fusion")) for settings in seen] == [
+        (True, False), (True, None), (True, False),
+    ]  # fmt: skip

@@ -160,7 +160,7 @@ def test_json_holds_everything() -> None:
         "active_parameters", "vision_token_ids", "notes", "versions", "sites",
     }  # fmt: skip
     assert set(facts["sites"][0]) == {
-        "name", "family", "status", "code", "detail", "form", "dispatch", "top_k", "num_experts", "hidden_size",
+        "name", "family", "status", "code", "detail", "form", "dispatch", "gemms", "top_k", "num_experts", "hidden_size",
         "expert_width", "parameters",
     }  # fmt: skip
     assert facts["vision_token_ids"] == [tiny.IMAGE, 63]

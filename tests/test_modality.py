@@ -255,16 +255,16 @@ def test_placeholder_ids_are_read_from_the_config() -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_calls_from_several_threads_at_once_do_not_mix(vlm: nn.Module) -> None:
-    modes_fx.optimize(vlm, PLAN)
+def test_calls_from_several_threads_at_once_do_not_mix(optimized_vlm: nn.Module) -> None:
+    modes_fx.set_plan(optimized_vlm, PLAN)
     batches = [tiny.mixed_batch(seed=1), tiny.mixed_batch(side="right", seed=2), tiny.text_batch(3, 18, seed=3)]
-    alone = [harness.logits(vlm, inputs) for inputs in batches]
+    alone = [harness.logits(optimized_vlm, inputs) for inputs in batches]
     repeats = 12
     start, results = threading.Barrier(len(batches)), [[] for _ in batches]
 
     def work(index: int) -> None:
         start.wait()
-        results[index].extend(harness.logits(vlm, batches[index]) for _ in range(repeats))
+        results[index].extend(harness.logits(optimized_vlm, batches[index]) for _ in range(repeats))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(batches))]
     for thread in threads:
@@ -277,28 +277,27 @@ def test_calls_from_several_threads_at_once_do_not_mix(vlm: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_block_called_with_other_tokens_than_the_forward_has_is_an_error(vlm: nn.Module) -> None:
-    modes_fx.optimize(vlm, PLAN)
-    block = vlm.model.language_model.layers[0].mlp
+def test_a_block_called_with_other_tokens_than_the_forward_has_is_an_error(optimized_vlm: nn.Module) -> None:
+    modes_fx.set_plan(optimized_vlm, PLAN)
+    block = optimized_vlm.model.language_model.layers[0].mlp
 
     def call_with_more(*args: Any) -> None:
         block(torch.zeros(1, 50, 32))
 
-    handle = vlm.model.language_model.norm.register_forward_pre_hook(call_with_more)
+    handle = optimized_vlm.model.language_model.norm.register_forward_pre_hook(call_with_more)
     try:
         with pytest.raises(ModalityError, match=r"50 tokens.*\[1, 4\]"):
-            harness.logits(vlm, tiny.text_batch(1, 4))
+            harness.logits(optimized_vlm, tiny.text_batch(1, 4))
     finally:
         handle.remove()
     assert modality.running() is None
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_block_called_outside_any_forward_is_an_error_once_the_modality_matters(vlm: nn.Module) -> None:
-    modes_fx.optimize(vlm)
-    block, hidden = vlm.model.language_model.layers[0].mlp, torch.zeros(1, 3, 32)
+def test_a_block_called_outside_any_forward_is_an_error_once_the_modality_matters(optimized_vlm: nn.Module) -> None:
+    block, hidden = optimized_vlm.model.language_model.layers[0].mlp, torch.zeros(1, 3, 32)
     with torch.no_grad():
         assert torch.isfinite(block(hidden)).all()
-        modes_fx.set_plan(vlm, PLAN)
+        modes_fx.set_plan(optimized_vlm, PLAN)
         with pytest.raises(ModalityError, match="outside a forward"):
             block(hidden)

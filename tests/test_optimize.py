@@ -85,13 +85,13 @@ def test_thresholds_of_zero_leave_the_logits_of_real_tokens_alone(vlm: nn.Module
         assert relative_error(logits(vlm, inputs), stock, tiny.classes(inputs) != 2) <= 1e-5
 
 
-def test_infinite_thresholds_skip_all_experts(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
-    modes_fx.optimize(vlm, SkipPlan.uniform(text=float("inf"), vision=float("inf")))
+def test_infinite_thresholds_skip_all_experts(optimized_vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+    modes_fx.set_plan(optimized_vlm, SkipPlan.uniform(text=float("inf"), vision=float("inf")))
     bare = tiny.make()
     for experts in oracle.experts_of(bare):
         experts.register_forward_hook(lambda module, args, out: torch.zeros_like(out))
-    with modes_fx.stats(vlm) as stats:
-        actual = logits(vlm, inputs)
+    with modes_fx.stats(optimized_vlm) as stats:
+        actual = logits(optimized_vlm, inputs)
     assert relative_error(actual, logits(bare, inputs), tiny.classes(inputs) != 2) <= 1e-5
     assert stats.skip_ratio() == 1.0
 
@@ -111,10 +111,10 @@ def generate_by_hand(forward: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("decode_tau", [1.0, 2.0], ids=["one target", "another target for decoding"])
 def test_stats_equal_the_oracles_over_prefill_and_decoding(
-    vlm: nn.Module, inputs: dict[str, Tensor], decode_tau: float
+    optimized_vlm: nn.Module, inputs: dict[str, Tensor], decode_tau: float
 ) -> None:
-    bounds = rotating_bounds(vlm, inputs, seed=4)
-    wanted = oracle.Oracle(vlm, bounds)
+    bounds = rotating_bounds(tiny.make(), inputs, seed=4)
+    wanted = oracle.Oracle(tiny.make(), bounds)
 
     def expected_forward(classes: Tensor, phase: int, **arguments: Any) -> Any:
         wanted.bounds = bounds * decode_tau if phase else bounds
@@ -122,12 +122,12 @@ def test_stats_equal_the_oracles_over_prefill_and_decoding(
 
     def optimized(classes: Tensor, phase: int, **arguments: Any) -> Any:
         with torch.no_grad():
-            return vlm(**arguments)
+            return optimized_vlm(**arguments)
 
     expected = generate_by_hand(expected_forward, inputs)
     points = (PlanPoint(0.3, decode_tau, decode_tau), PlanPoint(0.6, 1.0, 1.0))
-    modes_fx.optimize(vlm, replace(plan_of(bounds), points=points), decode_target=0.3)
-    with modes_fx.stats(vlm) as stats:
+    modes_fx.set_plan(optimized_vlm, replace(plan_of(bounds), points=points), decode_target=0.3)
+    with modes_fx.stats(optimized_vlm) as stats:
         actual = generate_by_hand(optimized, inputs)
     for mine, theirs in zip(actual, expected, strict=True):
         assert relative_error(mine, theirs, torch.ones(3, dtype=torch.bool)) <= 2e-5
@@ -136,51 +136,53 @@ def test_stats_equal_the_oracles_over_prefill_and_decoding(
     assert int(wanted.kept[:, :, 1].sum()) < int(wanted.routed[:, :, 1].sum())
 
 
-def test_either_target_changes_without_recompilation_and_for_its_phase_alone(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+def test_either_target_changes_without_recompilation_and_for_its_phase_alone(
+    optimized_vlm: nn.Module, inputs: dict[str, Tensor]
+) -> None:
     plan = SkipPlan((PlanPoint(0.0, 0.0, 0.0), PlanPoint(1.0, float("inf"), float("inf"))))
-    modes_fx.optimize(vlm, plan)
+    modes_fx.set_plan(optimized_vlm, plan)
 
     def ratios() -> tuple[float, float]:
-        with modes_fx.stats(vlm).reset() as stats:
-            vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
+        with modes_fx.stats(optimized_vlm).reset() as stats:
+            optimized_vlm.generate(**inputs, max_new_tokens=4, do_sample=False)
         return stats.skip_ratio(phase="prefill"), stats.skip_ratio(phase="decode")
 
     assert ratios() == (1.0, 1.0)
-    graphs = modes_fx.report(vlm).graphs
+    graphs = modes_fx.report(optimized_vlm).graphs
     for target in (0.0, 1.0):
         for decode_target in (0.0, 1.0):
-            modes_fx.set_plan(vlm, plan, target, decode_target=decode_target)
+            modes_fx.set_plan(optimized_vlm, plan, target, decode_target=decode_target)
             assert ratios() == (target, decode_target)
-    modes_fx.set_plan(vlm, plan, 0.0)
+    modes_fx.set_plan(optimized_vlm, plan, 0.0)
     assert ratios() == (0.0, 0.0)
-    assert modes_fx.report(vlm).graphs == graphs
+    assert modes_fx.report(optimized_vlm).graphs == graphs
 
 
-def test_a_refused_decode_target_leaves_the_old_plan_in_force(vlm: nn.Module) -> None:
-    modes_fx.optimize(vlm, PLAN)
+def test_a_refused_decode_target_leaves_the_old_plan_in_force(optimized_vlm: nn.Module) -> None:
+    modes_fx.set_plan(optimized_vlm, PLAN)
     with pytest.raises(PlanError, match=r"no target 0\.5"):
-        modes_fx.set_plan(vlm, SkipPlan((PlanPoint(0.3, 0.1, 0.1),)), 0.3, decode_target=0.5)
+        modes_fx.set_plan(optimized_vlm, SkipPlan((PlanPoint(0.3, 0.1, 0.1),)), 0.3, decode_target=0.5)
     with pytest.raises(PlanError, match="decode_target"):
-        modes_fx.set_plan(vlm, None, decode_target=0.5)
-    assert optimized_state(vlm).runtime.bounds_in_force.equal(PLAN.bounds(2))
+        modes_fx.set_plan(optimized_vlm, None, decode_target=0.5)
+    assert optimized_state(optimized_vlm).runtime.bounds_in_force.equal(PLAN.bounds(2))
 
 
-def test_statistics_are_off_until_asked_for_and_can_be_reset(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
-    modes_fx.optimize(vlm, PLAN)
-    stats = modes_fx.stats(vlm)
-    logits(vlm, inputs)
+def test_statistics_are_off_until_asked_for_and_can_be_reset(optimized_vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+    modes_fx.set_plan(optimized_vlm, PLAN)
+    stats = modes_fx.stats(optimized_vlm)
+    logits(optimized_vlm, inputs)
     assert not stats.recording
     assert int(stats.pairs_routed.sum()) == 0
     with stats:
-        logits(vlm, inputs)
+        logits(optimized_vlm, inputs)
     once = stats.pairs_kept
-    logits(vlm, inputs)
+    logits(optimized_vlm, inputs)
     assert stats.pairs_kept.equal(once)
     with stats:
-        logits(vlm, inputs)
+        logits(optimized_vlm, inputs)
     assert stats.pairs_kept.equal(2 * once)
     assert int(stats.reset().pairs_kept.sum()) == 0
-    assert modes_fx.stats(vlm) is stats
+    assert modes_fx.stats(optimized_vlm) is stats
 
 
 def test_switching_plans_and_30_generated_tokens_compile_two_graphs(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -215,15 +217,15 @@ def test_batches_of_ever_new_sizes_end_in_a_few_graphs(vlm: nn.Module) -> None:
     assert modes_fx.report(vlm).graphs == graphs
 
 
-def test_set_plan_takes_effect_at_once_and_none_keeps_all(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
-    plain = logits(modes_fx.optimize(vlm), inputs)
-    modes_fx.set_plan(vlm, PLAN)
-    planned = logits(vlm, inputs)
+def test_set_plan_takes_effect_at_once_and_none_keeps_all(optimized_vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+    plain = logits(optimized_vlm, inputs)
+    modes_fx.set_plan(optimized_vlm, PLAN)
+    planned = logits(optimized_vlm, inputs)
     assert not planned.equal(plain)
-    modes_fx.set_plan(vlm, None)
-    assert logits(vlm, inputs).equal(plain)
-    modes_fx.set_plan(vlm, PLAN)
-    assert logits(vlm, inputs).equal(planned)
+    modes_fx.set_plan(optimized_vlm, None)
+    assert logits(optimized_vlm, inputs).equal(plain)
+    modes_fx.set_plan(optimized_vlm, PLAN)
+    assert logits(optimized_vlm, inputs).equal(planned)
 
 
 def test_a_plan_may_come_from_a_file(vlm: nn.Module, inputs: dict[str, Tensor], tmp_path: Any) -> None:
@@ -232,8 +234,8 @@ def test_a_plan_may_come_from_a_file(vlm: nn.Module, inputs: dict[str, Tensor], 
     assert by_path.equal(logits(modes_fx.set_plan(vlm, PLAN), inputs))
 
 
-def test_a_refused_plan_leaves_the_old_one_in_force(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
-    planned = logits(modes_fx.optimize(vlm, PLAN), inputs)
+def test_a_refused_plan_leaves_the_old_one_in_force(optimized_vlm: nn.Module, inputs: dict[str, Tensor]) -> None:
+    planned = logits(modes_fx.set_plan(optimized_vlm, PLAN), inputs)
     foreign = SkipPlan(PLAN.points, model=describe_model(tiny.make("mixtral").config))
     for plan, target in (
         (foreign, None),
@@ -242,8 +244,8 @@ def test_a_refused_plan_leaves_the_old_one_in_force(vlm: nn.Module, inputs: dict
         (SkipPlan.reduce_k(1), None),
     ):
         with pytest.raises(PlanError):
-            modes_fx.set_plan(vlm, plan, target)
-        assert logits(vlm, inputs).equal(planned)
+            modes_fx.set_plan(optimized_vlm, plan, target)
+        assert logits(optimized_vlm, inputs).equal(planned)
 
 
 def test_reduce_k_equals_the_oracles(vlm: nn.Module, inputs: dict[str, Tensor]) -> None:

@@ -83,7 +83,7 @@ def test_an_interrupted_save_leaves_the_old_plan_and_nothing_else(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(ModesFxError, match="No space"):
         SkipPlan.uniform(text=0.5, vision=0.5).save(path)
     assert SkipPlan.load(path) == plan
     assert os.listdir(path.parent) == [path.name]

@@ -33,6 +33,12 @@ class Trial:
     tau_vision: float
     evaluation: Evaluation
 
+    def flat(self) -> dict[str, float]:
+        """Return the choice, its loss ``kl`` and its skip ratio ``ratio``, as reports hold it."""
+        found = self.evaluation
+        choice = {"gamma": self.gamma, "tau_text": self.tau_text, "tau_vision": self.tau_vision}
+        return {**choice, "kl": found.kl, "ratio": found.skip_ratio}
+
 
 class Trials:
     """Evaluates choices of thresholds, unless the journal knows them.

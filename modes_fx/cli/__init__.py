@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from modes_fx.cli import calibrate, compare, demo, import_reference, inspect, search, shared
+from modes_fx.cli import bench, calibrate, compare, demo, import_reference, inspect, search, shared
 from modes_fx.cli.terminal import console
 from modes_fx.errors import ModesFxError
 
@@ -38,6 +38,7 @@ app.command()(inspect.inspect)
 app.command()(calibrate.calibrate)
 app.command(cls=shared.SeveralValues)(search.search)
 app.command(cls=shared.SeveralValues)(compare.compare)
+app.command(cls=shared.SeveralValues)(bench.bench)
 app.command("import-reference")(import_reference.import_reference)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -19,6 +20,8 @@ from modes_fx.loading import DEMO
 if TYPE_CHECKING:
     from modes_fx.calib.objective import Batch
     from modes_fx.compare import Comparison, Row
+    from modes_fx.data import Sample
+    from modes_fx.plan import SkipPlan
 
 _DEMO_DATA = {"calibration": 12, "test": 64}  # images of each split
 _QUESTIONS = 8  # of each
@@ -39,9 +42,9 @@ def compare(
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
     rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for compare.json and compare.csv.")] = Path(
-        "out/compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, writable=True, help="Folder for compare.html, compare.json and compare.csv.")
+    ] = Path("out/compare"),
     importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality, where pairs are searched.")] = 24,
     tolerance: Annotated[float, typer.Option(min=0.0, help="How far above its target a skip ratio may be.")] = 0.005,
@@ -70,7 +73,8 @@ def compare(
     from modes_fx.compare import CONTENDERS
     from modes_fx.compare import compare as run
     from modes_fx.compare.output import mean_rows, write
-    from modes_fx.demo import make_batches
+    from modes_fx.demo import as_data, make_batches, make_samples
+    from modes_fx.page.closeup import Closeup, look_closely
 
     built_in = data == DEMO or (data is None and DEMO in models)
     if not built_in and (data is None or test_data is None):
@@ -85,6 +89,7 @@ def compare(
         shared.Source(cast(Path, test_data), data_format, test_split, test_samples or _SAMPLES, seed, max_bad),
     )
     found: dict[str, Comparison] = {}
+    closeups: list[Closeup] = []
     hashes: dict[str, str] = {}
     kinds = set()
     with shared.session() as bars:
@@ -103,19 +108,31 @@ def compare(
                     for part, number in (("calibration", samples), ("test", test_samples))
                 }
                 tune, test = (make_batches(part, n, processor, batch_size, seed) for part, n in images.items())
+                asked: Sequence[Sample] = as_data(make_samples("test", images["test"], seed))
             else:
-                tune, test = (shared.load_batches(network, processor, source, batch_size) for source in sources)
+                tune = shared.load_batches(network, processor, sources[0], batch_size)
+                asked = shared.load_samples(sources[1])
+                test = shared.load_batches(network, processor, asked, batch_size)
             hashes = {"calibration": data_hash(tune), "test": data_hash(test)}
+
+            def look(model: Any, plan: SkipPlan, *about: Any, data: Any = (processor, test, asked), name: str = name) -> None:
+                step = partial(bars, f"{Path(name).name}: samples to show")
+                try:
+                    closeups.append(look_closely(model, plan, *data, on_step=step))
+                except Exception as error:  # whatever a model's generate() raises: hours of measuring are not lost for pictures
+                    console.print(f"[yellow]No samples to show[/]: {type(error).__name__}: {error}")
+
             found[name] = run(
                 network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
                 grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed, journal=journal,
+                look=look if name == models[0] else None,
                 progress=lambda part, done, total, name=name: bars(f"{Path(name).name}: {part}", done, total),
             )  # fmt: skip
         settings = {
             "models": models, "targets": list(targets), "importance_mode": importance_mode, "grid_size": grid_size,
             "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype, "versions": versions(),
         }  # fmt: skip
-        paths = write(found, settings, out)
+        paths = write(found, settings, out, closeups[0] if closeups else None)
     _print(mean_rows(found), found, [str(path) for path in paths])
 
 

@@ -13,9 +13,9 @@ from modes_fx.cli.terminal import Bars, be_quiet, console
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option(file_okay=False, writable=True, help="Folder for the plan, the report and the plots.")
-    ] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the plan and the report.")] = Path(
+        "out/demo"
+    ),
     checkpoint: Annotated[
         Path | None, typer.Option(help="Another checkpoint of the demo's kind; none takes the embedded one.")
     ] = None,
@@ -71,5 +71,5 @@ def _print_demo(facts: dict[str, Any], out: Path) -> None:
     setup = speed["setup"]
     console.print(
         f"Stock, prefill ms and decode ms a token: {stock}. Batch {setup['batch']}, {setup['prompt_tokens']} tokens, "
-        f"{setup['threads']} threads, {setup['cpu']}.\nWritten to [bold]{out}[/]: plan.json, report.json, report.html and plots"
+        f"{setup['threads']} threads, {setup['cpu']}.\nWritten to [bold]{out}[/]: plan.json, report.json and report.html"
     )

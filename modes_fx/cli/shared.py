@@ -52,7 +52,7 @@ _DEMO_IMAGES = 12  # as `modes-fx demo` takes, with 8 questions each
 
 
 class SeveralValues(typer.core.TyperCommand):
-    """Takes several numbers after one ``--targets`` or ``--gammas``, several names after one ``--rules``."""
+    """Takes several values after one option: numbers after ``--targets``, say, names after ``--rules``; see ``_SEVERAL``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat the option before each of its values, as click wants it."""
@@ -77,7 +77,8 @@ def _is_name(text: str) -> bool:
     return not text.startswith("-")
 
 
-_SEVERAL = {"--targets": _is_number, "--gammas": _is_number, "--rules": _is_name}
+_NUMBERS = ("--targets", "--gammas", "--tokens", "--skip", "--threads")
+_SEVERAL = {**dict.fromkeys(_NUMBERS, _is_number), "--rules": _is_name, "--parts": _is_name}
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,22 @@ def load_model(name: str, *, dtype: str, device_map: str | None, trust_remote_co
     return model, processor
 
 
-def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: int) -> list[Batch]:
-    """Return this process's share of the batches.
+def load_samples(source: Source) -> Samples:
+    """Draw the samples on the main process, and say what was found.
+
+    Raises:
+        CalibrationError: The data cannot be read.
+    """
+    from modes_fx.calib import processes
+
+    samples = processes.together(source.load)
+    processes_used = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
+    console.print(f"{samples.report}{processes_used}", highlight=False, markup=False)
+    return samples
+
+
+def load_batches(model: nn.Module, processor: Any, source: Source | Samples, batch_size: int) -> list[Batch]:
+    """Return this process's share of the batches, of samples that are drawn now or were drawn before.
 
     Raises:
         CalibrationError: The data cannot be read, or cannot be turned into the model's forward arguments.
@@ -178,9 +193,7 @@ def load_batches(model: nn.Module, processor: Any, source: Source, batch_size: i
     from modes_fx.calib import processes
     from modes_fx.data import make_batches
 
-    samples = processes.together(source.load)
-    processes_used = f", shared by {processes.world()} processes" if processes.world() > 1 else ""
-    console.print(f"{samples.report}{processes_used}", highlight=False, markup=False)
+    samples = load_samples(source) if isinstance(source, Source) else source
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     shard = processes.rank(), processes.world()
     return processes.together(lambda: list(make_batches(samples, processor, batch_size, shard=shard, dtype=dtype)))

@@ -103,6 +103,11 @@ ABLATION = ("threshold", "gmlg", "dmt", "modes", "tempered")
 """The parts of the method: alone, together, and with gamma free."""
 
 
+def own_rule(names: Sequence[str]) -> str:
+    """Return which of several rules is looked at closely: the one with most of the method's parts, or else the last."""
+    return next((name for name in reversed(ABLATION) if name in names), names[-1])
+
+
 def contender(name: str) -> Contender:
     """Return a contender by name; a registered keep-rule that is none is tuned by one scale for all layers.
 

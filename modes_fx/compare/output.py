@@ -11,9 +11,11 @@ from typing import Any
 
 from modes_fx import strict_json
 from modes_fx.compare.contenders import ABLATION
+from modes_fx.compare.page import write_comparison_page
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
 from modes_fx.files import write_atomically
+from modes_fx.page.closeup import Closeup
 
 
 def mean_rows(comparisons: Mapping[str, Comparison]) -> tuple[Row, ...]:
@@ -21,13 +23,16 @@ def mean_rows(comparisons: Mapping[str, Comparison]) -> tuple[Row, ...]:
     return tuple(mean_row(rows) for rows in zip(*(each.rows for each in comparisons.values()), strict=True))
 
 
-def write(comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], out: Path) -> tuple[Path, Path]:
-    """Write ``compare.json`` and ``compare.csv``.
+def write(
+    comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], out: Path, closeup: Closeup | None = None
+) -> tuple[Path, Path, Path]:
+    """Write ``compare.html``, ``compare.json`` and ``compare.csv``.
 
     Args:
         comparisons: By the model's name; all of the same rules and targets.
         settings: What they were made with.
         out: Folder.
+        closeup: Of the first model, for the page; see ``look_closely``.
     """
     means = mean_rows(comparisons)
     facts = {
@@ -40,6 +45,7 @@ def write(comparisons: Mapping[str, Comparison], settings: Mapping[str, Any], ou
     if len(comparisons) > 1:
         lines += [{"model": "mean", **row.flat()} for row in means]
     return (
+        write_comparison_page(facts, closeup, out / "compare.html"),
         write_atomically(out / "compare.json", strict_json.dumps(facts)),
         write_atomically(out / "compare.csv", _as_csv(lines)),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, get_args
 
@@ -18,7 +18,7 @@ from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Answers, Batch, Evaluation, checked
 from modes_fx.calib.search import search
 from modes_fx.calib.trials import Trial, short_hash
-from modes_fx.compare.contenders import CONTENDERS, Calibrated, Contender, contender
+from modes_fx.compare.contenders import CONTENDERS, Alpha, Calibrated, Contender, contender, own_rule
 from modes_fx.compare.measurements import Measurements, identity, records_of
 from modes_fx.compare.rows import Row, measured
 from modes_fx.compare.samples import SampleScores
@@ -49,12 +49,20 @@ class Comparison:
         rows: By rule, then target.
         stock: Where speed was timed, what it is compared to: ``fastest``, the setting of stock transformers in each phase;
             ``stock_ms``, all that were timed; ``failed``, those that do not run; and the prompts. See ``Stopwatch``.
+        own: The rule that is looked at closely; see ``own_rule``.
+        layers: Paths of the experts modules of the MoE layers.
+        alpha: Importance of each layer for (text, vision) tokens; None where no rule takes it.
+        trials: By rule that pairs of thresholds were searched for: all that were measured on calibration data.
     """
 
     unskipped: dict[str, float]
     samples: int
     rows: tuple[Row, ...]
     stock: Mapping[str, Any] = field(default_factory=dict)
+    own: str = ""
+    layers: tuple[str, ...] = ()
+    alpha: Alpha | None = None
+    trials: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
 
 
 def compare(
@@ -70,6 +78,7 @@ def compare(
     seed: int = 0,
     timed: bool = False,
     journal: str | os.PathLike[str] | None = None,
+    look: Callable[[nn.Module, SkipPlan, Row], None] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare rules at equal skip ratios, each compiled into the model and really skipping.
@@ -90,6 +99,7 @@ def compare(
         timed: Whether to time each row against stock transformers' fastest setting.
         journal: File that each measurement is written to as it is made, and read from: a comparison that was cut off goes on
             where it stopped. It may serve several models and sets of data, each of which finds its own.
+        look: Called with the optimised model, and the plan and the row of ``own_rule`` at the largest target that it reaches.
         progress: Told of each step.
 
     Raises:
@@ -110,6 +120,7 @@ def compare(
     tune, held = _usable("calibration", calibration), _usable("test", test)
     records = records_of(model, tune, held, journal)
     match = _Match(model, tune, held, sorted(set(targets)), grid_size, tolerance, seed, records, progress)
+    match.own, match.look = own_rule(list(chosen)), look
     if timed:
         match.prepare_timing()
     try:
@@ -123,7 +134,9 @@ def compare(
     assert match.unskipped is not None
     correct = match.unskipped.correct_S
     score, everything = float(correct.double().mean()), tuple(row for name in chosen for row in rows[name])
-    return Comparison({"score": score}, len(correct), everything, match.stock)
+    return Comparison(
+        {"score": score}, len(correct), everything, match.stock, match.own, match.layers, known.importance, match.trials
+    )
 
 
 def _usable(name: str, batches: Iterable[Batch]) -> list[Batch]:
@@ -152,6 +165,10 @@ class _Match:
         self.stopwatch: Stopwatch | None = None
         self.stock: dict[str, Any] = {}
         self.unskipped: SampleScores | None = None
+        self.own = ""
+        self.look: Callable[[nn.Module, SkipPlan, Row], None] | None = None
+        self.layers: tuple[str, ...] = ()
+        self.trials: dict[str, tuple[Mapping[str, float], ...]] = {}
 
     def prepare_timing(self) -> None:
         """Choose the stock settings that rows are timed against; before the model is optimised."""
@@ -172,6 +189,7 @@ class _Match:
                 break
             answers(batch)
         sites = report(self.model).sites
+        self.layers = tuple(site.name for site in sites)
         alpha = statistics = None
         if "importance" in needs:
             step = self._step("importance of each layer")
@@ -200,9 +218,13 @@ class _Match:
         rows: dict[str, list[Row]] = {name: [] for name in chosen}
         total = len(chosen) * len(self.targets)
         for name, one in chosen.items():
+            best: tuple[SkipPlan, Row] | None = None
             for target, (tuned, plan, largest) in zip(self.targets, self._tune(name, one, data, known), strict=True):
-                rows[name].append(self._row(name, one, target, tuned, plan, largest, data))
+                rows[name].append(row := self._row(name, one, target, tuned, plan, largest, data))
+                best = best if plan is None else (plan, row)
                 self._tell(f"compare: {rule}", sum(map(len, rows.values())), total)
+            if name == self.own and self.look is not None and best is not None:
+                self.look(self.model, *best)
         return rows
 
     def _tune(
@@ -216,7 +238,7 @@ class _Match:
             )
             found = [tuner.reach(target) for target in self.targets]
             return [(tuned, one.plan(known, tuned.scale) if tuned else None, tuner.largest_ratio) for tuned in found]
-        plans, largest = self._search(one, known)
+        plans, largest = self._search(name, one, known)
         results: list[tuple[Tuned | None, SkipPlan | None, float]] = []
         for target in self.targets:
             point = plans.get(target)
@@ -237,7 +259,7 @@ class _Match:
             results.append((tuned, scaled(tuned.scale) if tuned else None, tuner.largest_ratio))
         return results
 
-    def _search(self, one: Contender, known: Calibrated) -> tuple[dict[float, PlanPoint], float]:
+    def _search(self, name: str, one: Contender, known: Calibrated) -> tuple[dict[float, PlanPoint], float]:
         """Return the pairs found, by target, and the largest skip ratio seen on the way."""
         alpha = known.importance or ((1 / known.layers,) * 2,) * known.layers  # DMT leaves it out: gamma is 0
         importance = Importance(alpha, alpha, "reference", 0)
@@ -252,6 +274,7 @@ class _Match:
             points = {point.target: point for point in plan.points if point.target is not None}
         except UnreachableError:
             points = {}  # which the rows say
+        self.trials[name] = tuple(trial.flat() for trial in seen)
         return points, max((trial.evaluation.skip_ratio for trial in seen), default=0.0)
 
     def _row(

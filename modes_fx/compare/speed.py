@@ -24,12 +24,13 @@ from modes_fx.calib.objective import IGNORED, Batch
 from modes_fx.errors import CalibrationError
 from modes_fx.optimize import is_optimized, stats
 from modes_fx.regions import find_moe_layers
+from modes_fx.timing import in_turn
 
 PHASES = ("prefill", "decode")
 NEW_TOKENS = 24
 ROUNDS = 7  # each setting once in each
 WARM_UP = 2  # rounds before them, in which compilers work
-_RECOMPILE_LIMIT = 64  # torch's own lets a setting run uncompiled without a word, once its layers are more than 8
+RECOMPILE_LIMIT = 64  # torch's own lets a setting run uncompiled without a word, once its layers are more than 8
 
 _serial = itertools.count()
 Times = dict[str, float]
@@ -151,7 +152,7 @@ class Stopwatch:
 
     def _run(self, model: Any, stock: bool = False) -> Times:
         """Generate once; return the seconds of each phase, NaN where no token was timed."""
-        limit: Any = {"recompile_limit": _RECOMPILE_LIMIT} if stock else {}
+        limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if stock else {}
         clock, tokens = _Clock(), 1 + NEW_TOKENS
         with torch._dynamo.config.patch(limit):
             started = _now(self._prompts["input_ids"].device)
@@ -213,17 +214,9 @@ class _Clock(StoppingCriteria):
 def _in_turn(
     runners: Mapping[str, Callable[[], Times]], on_step: Callable[[int, int], None] | None = None
 ) -> dict[str, dict[str, list[float]]]:
-    """Run all once a round, so that a busy moment of the machine hits all alike; return the seconds of the timed rounds."""
-    found: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in runners}
-    steps = [(round_, name) for round_ in range(WARM_UP + ROUNDS) for name in runners]
-    for done, (round_, name) in enumerate(steps, start=1):
-        seconds = runners[name]()
-        if round_ >= WARM_UP:
-            for phase in PHASES:
-                found[name][phase].append(seconds[phase])
-        if on_step is not None:
-            on_step(done, len(steps))
-    return found
+    """Return the seconds of the timed rounds; see ``modes_fx.timing.in_turn``."""
+    found = in_turn(runners, ROUNDS, WARM_UP, on_step=on_step)
+    return {name: {phase: [seconds[phase] for seconds in column] for phase in PHASES} for name, column in found.items()}
 
 
 def _now(device: torch.device) -> float:

@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import Qwen3VLMoeForConditionalGeneration
 
-from modes_fx.demo.data import Sample, collate, make_batches, make_samples
+from modes_fx.demo.data import Sample, as_data, collate, make_batches, make_samples
 from modes_fx.demo.processor import DemoProcessor
 from modes_fx.errors import ModelError
 
-__all__ = ["CHECKPOINT", "Sample", "collate", "load", "make_batches", "make_samples"]
+__all__ = ["CHECKPOINT", "Sample", "as_data", "collate", "load", "make_batches", "make_samples"]
 
 CHECKPOINT = Path(__file__).with_name("checkpoint")
 

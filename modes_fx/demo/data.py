@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from modes_fx import data
 from modes_fx.demo.canvas import SPLITS, Canvas, draw
 from modes_fx.demo.questions import KINDS, ask
 
@@ -56,6 +57,11 @@ def make_samples(split: str, n_images: int, seed: int = 0, questions_per_image: 
         canvas = draw(split, rng)
         samples.extend(_ask_several(canvas, questions_per_image, rng))
     return samples
+
+
+def as_data(samples: Sequence[Sample]) -> list[data.Sample]:
+    """Return samples as those that are read from files."""
+    return [data.Sample(f"{index}", each.question, each.answer, (each.image,)) for index, each in enumerate(samples)]
 
 
 def _ask_several(canvas: Canvas, n_questions: int, rng: np.random.Generator) -> list[Sample]:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,12 +14,12 @@ from torch import nn
 
 import modes_fx
 from modes_fx.calib import Objective, Trial, layer_importance, search
-from modes_fx.demo.data import collate, make_batches, make_samples
-from modes_fx.demo.page import write_page
-from modes_fx.demo.plots import save_plots
+from modes_fx.demo.data import as_data, collate, make_batches, make_samples
+from modes_fx.demo.page import write_demo_page
 from modes_fx.demo.timing import time_settings
 from modes_fx.files import write_atomically
 from modes_fx.optimize import optimize, report, restore
+from modes_fx.page.closeup import look_closely
 from modes_fx.plan import SkipPlan
 
 TARGETS = (0.5, 0.75, 0.875)
@@ -54,7 +54,7 @@ class Size:
 def run_demo(
     load: Callable[[], tuple[nn.Module, Any]], out: Path, *, targets: Sequence[float] = TARGETS, size: Size, progress: Progress
 ) -> dict[str, Any]:
-    """Run the main job and write ``plan.json``, ``report.json``, ``report.html`` and the plots.
+    """Run the main job and write ``plan.json``, ``report.json``, ``report.html``.
 
     Args:
         load: Returns a fresh model and its processor.
@@ -92,6 +92,10 @@ def run_demo(
     with _timed(seconds, "evaluate"):
         dense, rows = _evaluate(model, plan, test, progress)
         sites = report(model)
+        closeup = look_closely(
+            model, plan, processor, test, as_data(make_samples("test", size.test_images)),
+            on_step=lambda d, n: progress("look at a few samples", d, n),
+        )  # fmt: skip
         restore(model)
         optimize(model, SkipPlan.reduce_k(1))
         reduce_k = _evaluate_reduce_k(model, test, progress)
@@ -117,13 +121,13 @@ def run_demo(
         "targets": rows,
         "reduce_k": reduce_k,
         "sites": {"found": sites.found, "rewritten": len(sites.rewritten), "rejected": len(sites.rejected)},
-        "search": {**plan.provenance["search"], "trials": [_flat(trial) for trial in trials]},
+        "search": {**plan.provenance["search"], "trials": [trial.flat() for trial in trials]},
         "speed": speed,
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
         "versions": {"modes_fx": modes_fx.__version__, **plan.provenance["versions"]},
     }
     write_atomically(out / "report.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
-    write_page(facts, save_plots(facts, out), out / "report.html")
+    write_demo_page(facts, closeup, out / "report.html")
     return facts
 
 
@@ -174,12 +178,6 @@ def _evaluate_reduce_k(model: nn.Module, test: list[dict[str, Any]], progress: P
         rows.append({"k": k, "ratio": measured.skip_ratio, "kl": measured.kl, "accuracy": measured.accuracy})
         progress("evaluate Reduce-k", done + 1, len(chosen))
     return rows
-
-
-def _flat(trial: Trial) -> dict[str, float]:
-    facts = asdict(trial)
-    evaluation = facts.pop("evaluation")
-    return {**facts, "kl": evaluation["kl"], "ratio": evaluation["skip_ratio"]}
 
 
 @contextlib.contextmanager

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
 from modes_fx.regions import find_moe_layers
+from modes_fx.timing import cpu_name, in_turn
 
 _NEW_TOKENS = 24
 
@@ -58,22 +57,20 @@ def time_settings(
         "modes-fx, all kept": lambda: with_target(None),
         **{f"modes-fx at {target:g}": lambda target=target: with_target(target) for target in plan.targets},  # type: ignore[misc]
     }
-    prefill: dict[str, list[float]] = {name: [] for name in settings}
-    decode: dict[str, list[float]] = {name: [] for name in settings}
-    total = (rounds + 2) * len(settings)
-    for done in range(total):
-        name = list(settings)[done % len(settings)]
-        model = settings[name]()
-        first = _seconds(model, inputs, 1)
-        more = _seconds(model, inputs, 1 + _NEW_TOKENS)
-        if done >= 2 * len(settings):
-            prefill[name].append(first * 1e3)
-            decode[name].append((more - first) / _NEW_TOKENS * 1e3)
-        if on_step is not None:
-            on_step(done + 1, total)
+
+    def timer(prepare: Callable[[], nn.Module]) -> Callable[[], tuple[float, float]]:
+        def run() -> tuple[float, float]:
+            model = prepare()
+            first = _seconds(model, inputs, 1)
+            more = _seconds(model, inputs, 1 + _NEW_TOKENS)
+            return first * 1e3, (more - first) / _NEW_TOKENS * 1e3
+
+        return run
+
+    found = in_turn({name: timer(prepare) for name, prepare in settings.items()}, rounds, 2, on_step=on_step)
     return {
-        "prefill_ms": _medians(prefill),
-        "decode_ms_per_token": _medians(decode),
+        "prefill_ms": _medians(found, 0),
+        "decode_ms_per_token": _medians(found, 1),
         "setup": {
             "threads": torch.get_num_threads(),
             "batch": inputs["input_ids"].shape[0],
@@ -85,21 +82,11 @@ def time_settings(
     }
 
 
-def cpu_name() -> str:
-    """Return the processor's name as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def _seconds(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> float:
     started = time.perf_counter()
     model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
     return time.perf_counter() - started
 
 
-def _medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
+def _medians(times: Mapping[str, Sequence[tuple[float, float]]], phase: int) -> dict[str, float]:
+    return {name: round(statistics.median(pair[phase] for pair in values), 3) for name, values in times.items()}

@@ -10,15 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modes_fx.kernels.library import DTYPES, load
+from modes_fx.kernels.library import DTYPES, load, load_packed
 
-_library = torch.library.Library("modes_fx", "DEF")
+_library = torch.library.Library("modes_fx", "FRAGMENT")
 _library.define("sort_pairs(Tensor keep, Tensor expert_ids, int num_experts) -> (Tensor, Tensor)")
-_library.define("linear(Tensor x, Tensor? pairs, int top_k, Tensor weight, Tensor offsets) -> Tensor")
-_library.define(
-    "linear_combine(Tensor x, Tensor pairs, int top_k, Tensor row_weights, Tensor weight, Tensor offsets, SymInt tokens)"
-    " -> Tensor"
-)
+for _suffix, _weight in (("", "weight"), ("_packed", "blocks")):
+    _library.define(f"linear{_suffix}(Tensor x, Tensor? pairs, int top_k, Tensor {_weight}, Tensor offsets) -> Tensor")
+    _library.define(
+        f"linear_combine{_suffix}(Tensor x, Tensor pairs, int top_k, Tensor row_weights, Tensor {_weight}, Tensor offsets,"
+        " SymInt tokens) -> Tensor"
+    )
 
 
 def sort_pairs(keep: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -58,11 +59,13 @@ def linear(x: Tensor, pairs: Tensor | None, top_k: int, weight: Tensor, offsets:
     experts, columns, inner = weight.shape
     rows = x if pairs is None else pairs
     out = x.new_empty(rows.shape[0], columns)
+    if out.numel() and _suits_matrix_units(x, rows.shape[0], experts):
+        return _grouped_mm(x if pairs is None else x[pairs // top_k], weight, offsets)
     if out.numel():
         x = _along_rows(x)
         getattr(load(), f"modes_fx_linear_{DTYPES[x.dtype]}")(
-            x.data_ptr(), x.stride(0), None if pairs is None else pairs.data_ptr(), top_k, weight.data_ptr(), weight.stride(0),
-            weight.stride(1), offsets.data_ptr(), experts, columns, inner, out.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), x.stride(0), _pointer(pairs), top_k, weight.data_ptr(), weight.stride(0), weight.stride(1),
+            offsets.data_ptr(), experts, columns, inner, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return out
 
@@ -86,6 +89,9 @@ def linear_combine(
     """
     experts, columns, inner = weight.shape
     out = torch.zeros(tokens, columns)
+    if x.numel() and _suits_matrix_units(x, x.shape[0], experts):
+        rows = _grouped_mm(x, weight, offsets).float() * row_weights.unsqueeze(1)
+        return out.index_add_(0, pairs // top_k, rows)
     if x.numel():
         x, row_weights = _along_rows(x), row_weights.contiguous()
         getattr(load(), f"modes_fx_combine_{DTYPES[x.dtype]}")(
@@ -93,6 +99,57 @@ def linear_combine(
             weight.stride(1), offsets.data_ptr(), experts, columns, inner, out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
     return out
+
+
+ROWS_FOR_MATRIX_UNITS = 16
+"""Rows an expert, on average, from which oneDNN's GEMM on a CPU with AMX is left to work on weights as they lie."""
+
+
+def _suits_matrix_units(x: Tensor, rows: int, experts: int) -> bool:
+    # AMX wants weights packed, which our kernel does not do: where arithmetic counts, oneDNN packs them as it goes.
+    many = x.dtype is torch.bfloat16 and rows >= ROWS_FOR_MATRIX_UNITS * experts
+    return many and torch.cpu._is_amx_tile_supported()
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    return torch._grouped_mm(x, weight.mT, offs=offsets[1:].to(torch.int32))
+
+
+def linear_packed(x: Tensor, pairs: Tensor | None, top_k: int, blocks: Tensor, offsets: Tensor) -> Tensor:
+    """As ``linear``, with the blocks of a ``packed.PackedWeight``."""
+    experts, columns, inner = _packed_shape(blocks)
+    out = x.new_empty((x if pairs is None else pairs).shape[0], columns)
+    if out.numel():
+        x = _along_rows(x)
+        load_packed().modes_fx_linear_packed(
+            x.data_ptr(), x.stride(0), _pointer(pairs), top_k, blocks.data_ptr(),
+            offsets.data_ptr(), experts, columns, inner, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def linear_combine_packed(
+    x: Tensor, pairs: Tensor, top_k: int, row_weights: Tensor, blocks: Tensor, offsets: Tensor, tokens: int
+) -> Tensor:
+    """As ``linear_combine``, with the blocks of a ``packed.PackedWeight``."""
+    experts, columns, inner = _packed_shape(blocks)
+    out = torch.zeros(tokens, columns)
+    if x.numel():
+        x, row_weights = _along_rows(x), row_weights.contiguous()
+        load_packed().modes_fx_combine_packed(
+            x.data_ptr(), x.stride(0), pairs.data_ptr(), top_k, row_weights.data_ptr(), blocks.data_ptr(), offsets.data_ptr(),
+            experts, columns, inner, out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return out
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _packed_shape(blocks: Tensor) -> tuple[int, int, int]:
+    experts, tiles, halves, columns, both = blocks.shape
+    return experts, tiles * columns, halves * both
 
 
 def _along_rows(x: Tensor) -> Tensor:
@@ -114,6 +171,28 @@ def _linear_combine(
     return x.new_empty(tokens, weight.shape[1], dtype=torch.float32)
 
 
-for _operation, _fake in ((sort_pairs, _sort_pairs), (linear, _linear), (linear_combine, _linear_combine)):
+def _linear_packed(x: Tensor, pairs: Tensor | None, top_k: int, blocks: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty((x if pairs is None else pairs).shape[0], _packed_shape(blocks)[1])
+
+
+def _linear_combine_packed(
+    x: Tensor, pairs: Tensor, top_k: int, row_weights: Tensor, blocks: Tensor, offsets: Tensor, tokens: int
+) -> Tensor:
+    return x.new_empty(tokens, _packed_shape(blocks)[1], dtype=torch.float32)
+
+
+for _operation, _fake in (
+    (sort_pairs, _sort_pairs),
+    (linear, _linear),
+    (linear_combine, _linear_combine),
+    (linear_packed, _linear_packed),
+    (linear_combine_packed, _linear_combine_packed),
+):
     _library.impl(_operation.__name__, _operation, "CPU")
     torch.library.register_fake(f"modes_fx::{_operation.__name__}", _fake)
+
+PACKED = {
+    torch.ops.modes_fx.linear.default: torch.ops.modes_fx.linear_packed.default,
+    torch.ops.modes_fx.linear_combine.default: torch.ops.modes_fx.linear_combine_packed.default,
+}
+"""What takes packed blocks in the place of a weight."""

@@ -9,16 +9,17 @@ For a ``RoutingSite`` of the form ``grouped_mm``, with R <= S = T * K kept pairs
 
 See ``modes_fx/kernels`` for what they do. Where there is work between the second GEMM and the routing weights, that GEMM is a
 ``linear`` too, and rows are added up as in ``compact``. Not for gradients (the kernels have none), dtypes but float32 and
-bfloat16, and weights that do not lie along the inner dimension: those sites take the form ``compact``.
+bfloat16, quantised weights, and weights that do not lie along the inner dimension: those sites take the form ``compact``.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-import modes_fx.kernels.ops  # noqa: F401 - registers torch.ops.modes_fx
 from modes_fx.kernels.library import DTYPES
+from modes_fx.kernels.packed import PackedWeight
 from modes_fx.passes.compact import add_rows
 from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
 from modes_fx.passes.site import Reject, RoutingSite
@@ -33,8 +34,8 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     node = {item.name: item for item in graph.nodes}
     gemms = _gemms(node, site)
     if site.perm is None or not gemms:
-        return "its form is not grouped_mm"
-    if node[site.hidden_TH].meta["example_value"].device.type != "cpu":
+        return "its GEMMs are not those of grouped_mm"
+    if node[site.hidden_TH].meta["example_value"].device.type not in ("cpu", "meta"):  # meta: what a CPU would get
         return "not on a CPU"
     if torch.is_grad_enabled():
         return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
@@ -42,10 +43,20 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
         rows, weight = input_of(gemm), _stored(gemm)
         if weight is None:
             return "its weights lie along their outer dimension"
+        value = weight.meta["example_value"]
+        if is_traceable_wrapper_subclass(value) and not isinstance(value, PackedWeight):
+            return f"weights stored as {type(value).__name__}"
         dtypes = {item.meta["example_value"].dtype for item in (rows, weight)}
         if len(dtypes) > 1 or not dtypes <= DTYPES.keys() or argument(gemm, 3, "bias") is not None:
             return f"GEMMs of {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     return ""
+
+
+def kind(graph: fx.Graph, site: RoutingSite) -> str:
+    """Return which kernels a site's GEMMs will be."""
+    node = {item.name: item for item in graph.nodes}
+    packed = [isinstance(_weight(gemm).meta["example_value"], PackedWeight) for gemm in _gemms(node, site)]
+    return "packed kernels" if all(packed) else "kernels"
 
 
 def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, *bounds: fx.Node) -> fx.Node:

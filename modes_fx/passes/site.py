@@ -82,7 +82,7 @@ class SiteRecord:
         dispatch: Form put in its place, ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, or 0 when unknown.
         num_experts: E, or 0 when unknown.
-        gemms: ``"kernels"``, or why the experts' GEMMs are ATen's.
+        gemms: ``"kernels"`` or ``"packed kernels"`` (see ``modes_fx.kernels``), or why the experts' GEMMs are ATen's.
     """
 
     anchor: str

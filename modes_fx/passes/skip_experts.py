@@ -133,7 +133,7 @@ def _rewrite_all(
         hidden = node[site.hidden_TH].meta["example_value"]
         form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
         why_not = kept_gemms.why_not(graph, site) if form == "compact" else "static dispatch"
-        rewrite = _REWRITES[form] if why_not else kept_gemms.rewrite
+        rewrite, gemms = (_REWRITES[form], why_not) if why_not else (kept_gemms.rewrite, kept_gemms.kind(graph, site))
         try:
             token_count = _size_of(hidden.shape[0], original)
             outputs.append(rewrite(graph, site, rule, *added[index]))
@@ -141,7 +141,7 @@ def _rewrite_all(
             raise _SiteRejectedError(site, reason) from reason
         sources = tuple(source_of(original[position[name]]) for name in site.weight_inputs)
         sizes = (site.top_k, site.num_experts)
-        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, *sizes, why_not or "kernels")
+        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, *sizes, gemms)
         weight_inputs = tuple(position[name] for name in site.weight_inputs)
         bindings.append(Binding(record, weight_inputs, sources, site.top_k, token_count))
     output = next(item for item in graph.nodes if item.op == "output")

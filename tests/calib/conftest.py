@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import modes_fx
-from tests import harness, oracle, tiny
+from tests import oracle, tiny
 
 Batch = dict[str, Tensor]
 
@@ -58,11 +57,5 @@ def batches() -> list[Batch]:
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    """One optimised model for the tests of a file, its graphs run without Inductor."""
-    with pytest.MonkeyPatch.context() as patch:
-        harness.compile_with(patch, harness.uncompiled)
-        optimized = modes_fx.optimize(tiny.make())
-        harness.logits(optimized, tiny.mixed_batch())  # its graphs are made while Inductor is kept out
-        yield optimized
-    modes_fx.restore(optimized)
+def model(optimized_once: nn.Module) -> nn.Module:
+    return optimized_once

@@ -23,7 +23,7 @@ from tests.calib.conftest import with_answers
 
 IMPORTANCE = Importance(((0.6, 1.0), (0.4, 0.0)), ((0.6, 1.0), (0.4, 0.0)), "reference", 12)
 TARGETS = (0.3, 0.6)
-SEARCH: dict[str, Any] = {"gammas": (0.5, 1.0), "grid_size": 6}
+SEARCH: dict[str, Any] = {"gammas": (0.5, 1.0), "grid_size": 5}
 SPLITS = {"uneven": ((3, 1, 0), (2,)), "empty": ((0, 1, 2, 3), ()), "empty main": ((), (0, 1, 2, 3))}
 WHOLE = (0, 1, 2, 3)
 
@@ -39,8 +39,8 @@ def measure(model: nn.Module, indices: tuple[int, ...], journal: Path) -> dict[s
     evaluation = objective.evaluate(torch.tensor([[0.3, 0.4], [0.5, 0.2]]))
     routing = objective.routing_weights()
     importance = layer_importance(model, batches)
-    plan = search(model, batches, IMPORTANCE, TARGETS, gammas=(0.5, 1.0), grid_size=5, journal=journal)
-    again = search(model, batches, IMPORTANCE, TARGETS, gammas=(0.5, 1.0), grid_size=5, journal=journal)
+    plan = search(model, batches, IMPORTANCE, TARGETS, journal=journal, **SEARCH)
+    again = search(model, batches, IMPORTANCE, TARGETS, journal=journal, **SEARCH)
     return {
         "evaluation": vars(evaluation),
         "accuracy": objective.accuracy,

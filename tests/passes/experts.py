@@ -55,9 +55,8 @@ def check_experts(
     for tokens in (TOKENS, *OTHER_TOKENS) if dynamic else (TOKENS,):
         _check(run, experts, runtime, _routed(tokens, num_experts, hidden_size).to(dtype), device)
     (graph,) = runtime.graphs
-    assert [(r.status, r.code, r.form, r.dispatch) for r in graph.records] == [
-        ("rewritten", "", stock_form, harness.dispatch_of(dispatch))
-    ]
+    wanted_record = ("rewritten", "", stock_form, harness.dispatch_of(dispatch))
+    assert [(r.status, r.code, r.form, r.dispatch) for r in graph.records] == [wanted_record]
 
 
 def _check(run: Callable[..., Tensor], experts: nn.Module, runtime: harness.FixedRuntime, routed: Routed, device: str) -> None:

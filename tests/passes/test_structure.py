@@ -27,8 +27,8 @@ def form(request: pytest.FixtureRequest) -> Form:
     return request.param
 
 
-def only_of(*dispatches: tuple[str, str]) -> pytest.MarkDecorator:
-    """Give a test the forms of some dispatches."""
+def only_for(*dispatches: tuple[str, str]) -> pytest.MarkDecorator:
+    """Give a test some of the forms."""
     mine = [form for form in FORMS if form[:2] in dispatches]
     return pytest.mark.parametrize("form", mine, ids=form_id, indirect=True)
 
@@ -107,7 +107,7 @@ def test_thresholds_and_modality_are_inputs_never_constants(captured: harness.Ca
     assert example(compare.args[0]).dtype is torch.float32
 
 
-@only_of(("grouped_mm", harness.ATEN), ("batched_mm", "compact"))
+@only_for(("grouped_mm", harness.ATEN), ("batched_mm", "compact"))
 def test_compact_gathers_kept_pairs_and_adds_them_back_in_float32(form: Form, captured: harness.Capture) -> None:
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
     assert names.count("nonzero") == 1
@@ -145,7 +145,7 @@ def test_kernels_leave_nothing_of_the_stock_order(dtype: torch.dtype) -> None:
     assert tuple(example(down).shape) == (TOKENS, HIDDEN)
 
 
-@only_of(("grouped_mm", "static"), ("batched_mm", "static"))
+@only_for(("grouped_mm", "static"), ("batched_mm", "static"))
 def test_static_keeps_fixed_shapes_and_selects_the_kept_rows(form: Form, captured: harness.Capture) -> None:
     module, names = captured.rewritten.module, harness.targets(captured.rewritten.module)
     assert not {"nonzero", "item", "tolist", torch.nonzero, "scatter_add", "masked_select"} & set(names)

@@ -34,6 +34,9 @@ from torchao.quantization import (
 
 from tests.quantise.models import opened, plain, quantised, stock_loop, weights_of
 
+MATTERS = 0.005
+"""Relative difference of logits that quantisation makes at least."""
+
 EXPERTS = r"re:.*\.experts\.(gate_up_proj|down_proj)"
 
 
@@ -57,6 +60,21 @@ def batch_for(family: str) -> dict[str, torch.Tensor]:
     return tiny.mixed_batch(seed=2) if family == "qwen3_vl_moe" else tiny.text_batch(seed=2)
 
 
+def assert_optimised(
+    model: nn.Module, meant: torch.Tensor, unquantised: nn.Module, inputs: dict[str, torch.Tensor], slack: float = 1e-5
+) -> None:
+    """Optimise a quantised model: it is rewritten, gives the logits that its weights stand for, and skips when told to."""
+    modes_fx.optimize(model)
+    assert [site.status for site in modes_fx.report(model).sites] == ["rewritten"] * 2
+    real, ours = tiny.classes(inputs) != 2, logits(model, inputs)
+    assert relative_error(ours, meant, real) <= slack
+    assert relative_error(ours, logits(unquantised, inputs), real) > MATTERS
+    modes_fx.set_plan(model, SkipPlan.uniform(text=float("inf"), vision=float("inf")))
+    with modes_fx.stats(model) as stats:
+        assert relative_error(logits(model, inputs), ours, real) > 1e-3
+    assert stats.skip_ratio() == 1.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -74,7 +92,7 @@ def test_at_thresholds_of_0_it_is_the_quantised_stock_model_and_restore_gives_th
     slack = 1e-5 if dtype is torch.float32 else 0.05
     assert relative_error(ours, loop, real) <= slack
     assert relative_error(ours, stock, real) <= slack
-    assert relative_error(stock, logits(plain(family, dtype), inputs), real) > (0.005 if dtype is torch.float32 else 0)
+    assert relative_error(stock, logits(plain(family, dtype), inputs), real) > MATTERS
     modes_fx.restore(model)
     assert harness.model_state(model) == before
     assert logits(model, inputs).equal(stock)
@@ -155,9 +173,7 @@ def test_a_model_that_torchao_quantised(granularity: Any) -> None:
     config = Int8WeightOnlyConfig(set_inductor_config=False, **({"granularity": granularity} if granularity else {}))
     model, inputs = plain(), tiny.mixed_batch()
     quantize_(model, FqnToConfig({EXPERTS: config}), filter_fn=None)
-    meant = logits(opened(model, plain()), inputs)
-    modes_fx.optimize(model)
-    assert relative_error(logits(model, inputs), meant, tiny.classes(inputs) != 2) <= 1e-5
+    assert_optimised(model, logits(opened(model, plain()), inputs), plain(), inputs)
 
 
 def test_a_checkpoint_that_transformers_quantises_while_loading(tmp_path: Path) -> None:
@@ -165,25 +181,18 @@ def test_a_checkpoint_that_transformers_quantises_while_loading(tmp_path: Path) 
     stored.save_pretrained(tmp_path)
     config = transformers.TorchAoConfig(FqnToConfig({EXPERTS: Int8WeightOnlyConfig(set_inductor_config=False)}))
     model = type(stored).from_pretrained(tmp_path, dtype=torch.float32, quantization_config=config).eval()
-    modes_fx.optimize(model)
-    assert len(modes_fx.report(model).rewritten) == 2
-    assert relative_error(logits(model, inputs), logits(quantised(8), inputs), tiny.classes(inputs) != 2) <= 1e-5
+    assert_optimised(model, logits(quantised(8), inputs), plain(), inputs)
 
 
 def test_transposed_experts_with_biases_in_8_bits() -> None:
     model, inputs = quantised(8, "gpt_oss"), tiny.text_batch()
-    meant = logits(opened(model, plain("gpt_oss")), inputs)
-    modes_fx.optimize(model)
-    assert len(modes_fx.report(model).rewritten) == 2
-    assert relative_error(logits(model, inputs), meant, tiny.classes(inputs) != 2) <= 1e-5
+    assert_optimised(model, logits(opened(model, plain("gpt_oss")), inputs), plain("gpt_oss"), inputs)
 
 
 def test_float8_in_bfloat16_needs_nothing_from_us() -> None:
     model, inputs = plain(dtype=torch.bfloat16), tiny.mixed_batch()
     quantize_(model, FqnToConfig({EXPERTS: Float8WeightOnlyConfig(set_inductor_config=False)}), filter_fn=None)
-    stock = logits(model, inputs)
-    modes_fx.optimize(model)
-    assert relative_error(logits(model, inputs), stock, tiny.classes(inputs) != 2) <= 0.05
+    assert_optimised(model, logits(model, inputs), plain(dtype=torch.bfloat16), inputs, slack=0.05)
 
 
 def test_weights_whose_activations_would_be_quantised_too_are_refused() -> None:

@@ -1,0 +1,102 @@
+"""What modes-fx adds around the generated code of a decode step.
+
+With every pair kept, two clocks run in each MoE block: one around the call of its compiled region, one around the code that
+Inductor generated for it. Between them lie dynamo's guards, the look-up of the layer and its thresholds, and AOTAutograd's
+wrapper. With the modality ids that the watch on the stack makes, timed on their own, that is all a step has beside its work.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+
+from modes_fx.compare.speed import Setting, stock_twin
+from modes_fx.modality import token_modality
+from modes_fx.optimize import optimize, optimized_state, restore
+from modes_fx.regions import find_moe_layers
+
+_WARM_UP = 5
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Medians over decode steps, in microseconds.
+
+    Attributes:
+        step_us: A whole step of the stack.
+        regions_us: Around the generated code of all its MoE blocks: guards, look-ups, wrappers.
+        modality_us: Making the modality ids.
+        share: Of the step, both.
+    """
+
+    step_us: float
+    regions_us: float
+    modality_us: float
+    share: float
+
+
+class _Clock:
+    """Adds up the seconds of the calls that it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return timed
+
+
+def measure(stack: Any, arguments: Callable[[int], dict[str, Any]], steps: int, classes: Tensor) -> Overhead:
+    """Measure decode steps of a stack; it stays as it was.
+
+    Args:
+        stack: Decoder layers.
+        arguments: Given a number, returns fresh arguments of a decode step.
+        steps: Steps to time.
+        classes: int64 [1, 1], the token's class.
+    """
+    from torch._inductor import compile_fx
+
+    model: Any = stock_twin(stack, Setting("grouped_mm"))
+    inside, outside, watched = _Clock(), _Clock(), _Clock()
+    compile_graph = compile_fx.compile_fx
+
+    def compile_timed(*args: Any, **kwargs: Any) -> Any:
+        generated: Any = compile_graph(*args, **kwargs)
+        return inside.around(generated)
+
+    optimize(model)
+    try:
+        for layer in find_moe_layers(model):
+            call: Any = layer.block._compiled_call_impl
+            layer.block._compiled_call_impl = outside.around(call)
+        for watch in optimized_state(model).watches:
+            watch._about = watched.around(watch._about)
+        whole, around, ids = [], [], []
+        with mock.patch.object(compile_fx, "compile_fx", compile_timed), token_modality(classes):
+            for index in range(-_WARM_UP, steps):
+                given = arguments(index)
+                inside.seconds = outside.seconds = watched.seconds = 0.0
+                started = time.perf_counter()
+                model(**given)
+                seconds = time.perf_counter() - started
+                if index >= 0:
+                    whole.append(1e6 * seconds)
+                    around.append(1e6 * (outside.seconds - inside.seconds))
+                    ids.append(1e6 * watched.seconds)
+    finally:
+        restore(model)
+    step, regions, modality = (statistics.median(column) for column in (whole, around, ids))
+    return Overhead(step, regions, modality, (regions + modality) / step)

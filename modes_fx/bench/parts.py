@@ -1,0 +1,241 @@
+"""The parts of the benchmark: one MoE block, decoder layers, growth with the number of tokens, what skipping itself costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from modes_fx.bench import overhead
+from modes_fx.bench.machine import Limit, Limits, Machine
+from modes_fx.bench.machine import measure as measure_machine
+from modes_fx.bench.measure import Row, Work, phase_of, time_work
+from modes_fx.bench.models import Skew, block_of, build, draw, popularity, route
+from modes_fx.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, Contender, Twins, thresholds
+from modes_fx.errors import ModesFxError
+from modes_fx.regions import find_moe_layers
+
+PARTS = ("block", "layers", "growth", "overhead")
+GROWTH_SKIPS = (0.0, 0.5, 0.75, 0.88, 0.95)
+
+_VISUAL = 0.75  # of a prompt's tokens
+_PREFILL_SKIP, _DECODE_SKIP = 0.88, 0.5
+_CALIBRATION = 4096  # tokens that thresholds are taken from
+_OTHERS = 10_000  # seeds of inputs that are not timed
+_FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure.
+
+    Attributes:
+        preset: Shape of the layers, one of ``presets.PRESETS``.
+        parts: Which of ``PARTS``.
+        tokens: Token counts of the block.
+        skips: Skip ratios of the block.
+        threads: Numbers of threads of the block; all else runs on the last of them.
+        layers: Decoder layers.
+        prompt: Tokens of the layers' prefill.
+        cache: Tokens in the cache of a decode step.
+        growth_to: Most tokens of the growth.
+        skew: How unevenly routers choose.
+        rounds: Timed rounds; decode steps are timed three times as often.
+        limit_s: Seconds after which a token count gets no further round, once it has had three.
+    """
+
+    preset: str = "qwen3-vl-30b-a3b"
+    parts: Sequence[str] = ("block",)
+    tokens: Sequence[int] = (1, 64, 512)
+    skips: Sequence[float] = (0.0, 0.5, 0.88)
+    threads: Sequence[int] = field(default_factory=lambda: (torch.get_num_threads(),))
+    layers: int = 2
+    prompt: int = 2048
+    cache: int = 1024
+    growth_to: int = 8192
+    skew: Skew = "uniform"
+    rounds: int = 7
+    limit_s: float = 40.0
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.parts) - set(PARTS):
+            raise ModesFxError(f"Unknown part {sorted(unknown)[0]!r} of the benchmark; known: {', '.join(PARTS)}.")
+        if any(not 0 <= skip < 1 for skip in self.skips):
+            raise ModesFxError(f"Skip ratios are in [0, 1), got {', '.join(map(str, self.skips))}.")
+        if any(count < 1 for count in (*self.tokens, *self.threads)):
+            raise ModesFxError("Numbers of tokens and of threads are 1 or more.")
+
+
+@dataclass
+class Bench:
+    """What was measured.
+
+    Attributes:
+        machines: One for each number of threads.
+        popularity: Share of the pairs of the experts chosen most: the first, and the first tenth of them.
+        rows: Times, in the order they were taken.
+        overhead: See ``overhead.Overhead``; None if it was not measured.
+        failed: Why a setting does not run, by name.
+    """
+
+    machines: list[Machine] = field(default_factory=list)
+    popularity: tuple[float, float] = (0.0, 0.0)
+    rows: list[Row] = field(default_factory=list)
+    overhead: overhead.Overhead | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+Progress = Callable[[str, int, int], None]
+
+
+def run(
+    options: Options, progress: Progress = lambda part, done, total: None, keep: Callable[[Bench], None] = lambda found: None
+) -> Bench:
+    """Measure; torch's number of threads is afterwards as it was.
+
+    Args:
+        options: What.
+        progress: Called with a part's name, steps done and steps in all.
+        keep: Called with all that is measured so far, each time that there is more.
+    """
+    before = torch.get_num_threads()
+    try:
+        with torch.inference_mode():
+            return _Run(options, progress, keep).all()
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Run:
+    def __init__(self, options: Options, progress: Progress, keep: Callable[[Bench], None]) -> None:
+        self.options, self.progress, self.keep = options, progress, keep
+        self.stack = build(options.preset, options.layers, options.skew)
+        self.block = block_of(self.stack)
+        self.width = self.stack.config.hidden_size
+        self.found = Bench()
+        self._drawn: tuple[tuple[int, int], Tensor] = ((0, 0), torch.empty(0))
+        self._flushed = torch.ones(_FLUSH_BYTES // 4)
+        sample = route(self.block, {"inputs_embeds": self._draw(_CALIBRATION, _OTHERS)})
+        experts = next(find_moe_layers(self.block)[0].experts.parameters()).shape[0]
+        shares = popularity(sample[0], experts)
+        self.found.popularity = float(shares[0]), float(shares[: -(-experts // 10)].sum())
+        self.block_sample = sample
+
+    def all(self) -> Bench:
+        for threads in self.options.threads:
+            torch.set_num_threads(threads)
+            machine = measure_machine()
+            self.found.machines.append(machine)
+            twins = Twins(self.block, self.found.failed)  # afresh: code is generated for a number of threads
+            if "block" in self.options.parts:
+                self._block(twins, machine)
+        if "growth" in self.options.parts:
+            self._growth(twins, machine)
+        if "layers" in self.options.parts:
+            self._layers(machine)
+        if "overhead" in self.options.parts:
+            rounds = 10 * self.options.rounds
+            decode = self._decode_arguments()
+            self.found.overhead = overhead.measure(self.stack, decode, rounds, torch.zeros(1, 1, dtype=torch.int64))
+        return self.found
+
+    def _block(self, twins: Twins, machine: Machine) -> None:
+        taus = self._block_taus(self.options.skips)
+        for tokens in self.options.tokens:
+            ours = [*twins.ours(taus), *twins.packed(taus)]
+            contenders = [*twins.stock(BLOCK_SETTINGS, tokens), *twins.peer(), *ours]
+            self._time(self._block_work("block", tokens, machine), contenders, f"block, {machine.threads} threads, T {tokens}")
+
+    def _growth(self, twins: Twins, machine: Machine) -> None:
+        taus = self._block_taus(GROWTH_SKIPS)
+        for tokens in _powers(self.options.growth_to):
+            self._time(self._block_work("growth", tokens, machine), twins.ours(taus), f"growth, T {tokens}")
+
+    def _layers(self, machine: Machine) -> None:
+        twins, length = Twins(self.stack, self.found.failed), self.options.prompt
+        classes = (torch.arange(length) < _VISUAL * length).long().unsqueeze(0)
+        prefill = self._prefill_arguments(length)
+        sample = route(self.stack, self._prefill_arguments(_CALIBRATION)(_OTHERS))
+        decode = self._decode_arguments()
+        for phase, tokens, skip, ids, arguments, context in (
+            ("prefill", length, _PREFILL_SKIP, classes, prefill, 0),
+            ("decode", 1, _DECODE_SKIP, torch.zeros(1, 1, dtype=torch.int64), decode, self.options.cache),
+        ):
+            taus = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, skip))
+            contenders = [
+                *twins.stock(LAYER_SETTINGS, tokens), *twins.peer(), *twins.ours(taus), *twins.ours(taus, region="layer"),
+                *twins.packed(taus),
+            ]  # fmt: skip
+            limit = self._limit(self.stack, arguments, ids, machine, context)
+            work = Work("layers", phase, tokens, ids, arguments, limit)  # type: ignore[arg-type]
+            self._time(work, contenders, f"{self.options.layers} layers, {phase}")
+
+    def _time(self, work: Work, contenders: list[Contender], name: str) -> None:
+        rounds = self.options.rounds * (3 if work.phase == "decode" else 1)
+        self.found.rows += time_work(
+            work, contenders, rounds, limit_s=self.options.limit_s, failed=self.found.failed, flush=self._flushed.amax,
+            on_step=lambda done, total: self.progress(name, done, total),
+        )  # fmt: skip
+        self.keep(self.found)
+
+    def _block_taus(self, skips: Sequence[float]) -> dict[float, tuple[float, float] | None]:
+        return thresholds(self.block_sample, torch.zeros(_CALIBRATION, dtype=torch.bool), skips)
+
+    def _block_work(self, part: str, tokens: int, machine: Machine) -> Work:
+        classes = torch.zeros(1, tokens, dtype=torch.int64)
+
+        def arguments(index: int) -> dict[str, Any]:
+            return {"inputs_embeds": self._draw(tokens, index)}
+
+        return Work(part, phase_of(tokens), tokens, classes, arguments, self._limit(self.block, arguments, classes, machine, 0))
+
+    def _prefill_arguments(self, tokens: int) -> Callable[[int], dict[str, Any]]:
+        return lambda index: {"inputs_embeds": self._draw(tokens, index), "use_cache": False}
+
+    def _decode_arguments(self) -> Callable[[int], dict[str, Any]]:
+        """Return arguments of one token's step over a full cache, each with a cache of its own."""
+        cache = DynamicCache(config=self.stack.config)
+        self.stack(inputs_embeds=self._draw(self.options.cache, _OTHERS + 1), past_key_values=cache, use_cache=True)
+        return lambda index: {
+            "inputs_embeds": self._draw(1, index), "past_key_values": copy.deepcopy(cache), "use_cache": True,
+        }  # fmt: skip
+
+    def _draw(self, tokens: int, seed: int) -> Tensor:
+        if self._drawn[0] != (tokens, seed):  # all contenders of a round ask for the same
+            self._drawn = (tokens, seed), draw(tokens, self.width, self.options.skew, _OTHERS + seed)
+        return self._drawn[1]
+
+    @staticmethod
+    def _limit(
+        model: Any, arguments: Callable[[int], dict[str, Any]], classes: Tensor, machine: Machine, context: int
+    ) -> Callable[[int, tuple[float, float] | None], Limit]:
+        """Return a function for ``Work.limit``; it takes the routing of a round from the stock model, once.
+
+        In a stack, what a layer skips changes the inputs of the layers after it, which this leaves out.
+        """
+        limits, visual = Limits(model, machine), classes.reshape(-1).bool()
+        routings: dict[int, Any] = {}
+
+        def limit(index: int, taus: tuple[float, float] | None) -> Limit:
+            if index not in routings:
+                routings[index] = route(model, arguments(index))
+            text, vision = taus or (0.0, 0.0)
+            bound = torch.where(visual, vision, text).unsqueeze(1)
+            kept = [routing.weights >= bound for routing in routings[index]]
+            return limits(routings[index], kept, context)
+
+        return limit
+
+
+def _powers(largest: int) -> Iterator[int]:
+    """Yield 1, 8, 64 ... up to, and with, the largest."""
+    count = 1
+    while count < largest:
+        yield count
+        count *= 8
+    yield largest

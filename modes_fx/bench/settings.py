@@ -1,0 +1,136 @@
+"""What is timed: stock settings, vLLM's kernel and modes-fx, all on one set of weights but where they are packed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from modes_fx.bench import peer
+from modes_fx.bench.models import Routing
+from modes_fx.compare.speed import Setting, stock_twin
+from modes_fx.errors import ModelError
+from modes_fx.optimize import optimize, set_plan
+from modes_fx.plan import SkipPlan
+from modes_fx.regions import Region
+
+Kind = Literal["stock", "peer", "ours"]
+
+S = Setting("grouped_mm")  # the setting that transformers itself takes
+
+# The loop over experts, compiled, breaks into graphs by expert; dynamo gives up on it and little is compiled.
+BLOCK_SETTINGS = (
+    S, Setting("grouped_mm", "moe"), Setting("eager"), Setting("eager", "moe"), Setting("batched_mm"),
+    Setting("batched_mm", "moe"),
+)  # fmt: skip
+LAYER_SETTINGS = (S, Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"), Setting("eager"), Setting("batched_mm"))
+_MOST_BATCHED = 8  # tokens: batched_mm copies each pair's weights
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One thing to time.
+
+    Attributes:
+        name: As rows show it.
+        kind: Whose it is.
+        model: What runs; it shares its weights with all others.
+        skip: Ratio of pairs that its thresholds are to skip.
+        taus: Thresholds on the dispatched weights of (text, visual) tokens; None keeps all pairs.
+    """
+
+    name: str
+    kind: Kind
+    model: nn.Module
+    skip: float = 0.0
+    taus: tuple[float, float] | None = None
+
+    def prepare(self) -> None:
+        """Put its thresholds in force."""
+        if self.kind == "ours":
+            set_plan(self.model, self.taus and SkipPlan.uniform(text=self.taus[0], vision=self.taus[1]))
+
+
+@dataclass
+class Twins:
+    """Copies of a model in all settings, made when they are first asked for; they share its weights.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        failed: Why a setting that was asked for does not run, by its name.
+    """
+
+    model: nn.Module
+    failed: dict[str, str] = field(default_factory=dict)
+    _made: dict[str, nn.Module] = field(default_factory=dict, repr=False)
+
+    def stock(self, settings: Sequence[Setting], tokens: int) -> list[Contender]:
+        """Return stock in those settings that can take so many tokens."""
+        fitting = [setting for setting in settings if setting.experts != "batched_mm" or tokens <= _MOST_BATCHED]
+        twins = {str(each): self._twin(str(each), partial(stock_twin, self.model, each)) for each in fitting}
+        return [Contender(f"stock {name}", "stock", twin) for name, twin in twins.items()]
+
+    def peer(self) -> list[Contender]:
+        """Return vLLM's kernel, if it runs here; it skips nothing."""
+        if peer.NAME not in self._made and (why := peer.why_not(self.model)):
+            self.failed[peer.NAME] = why
+            return []
+        return [Contender(peer.NAME, "peer", self._twin(peer.NAME, self._with_peer))]
+
+    def ours(self, taus: Mapping[float, tuple[float, float] | None], region: Region = "moe") -> list[Contender]:
+        """Return modes-fx at each skip ratio."""
+        name = "modes-fx" if region == "moe" else f'modes-fx, region="{region}"'
+        model = self._twin(name, lambda: optimize(stock_twin(self.model, S), region=region))
+        return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
+
+    def packed(self, taus: Mapping[float, tuple[float, float] | None]) -> list[Contender]:
+        """Return modes-fx with packed weights at each skip ratio, if this CPU and these weights take that."""
+        name = "modes-fx, packed"
+        if name in self.failed:
+            return []
+        try:
+            model = self._twin(name, lambda: optimize(copy.deepcopy(self.model), prepack=True))
+        except ModelError as error:
+            self.failed[name] = str(error)
+            return []
+        return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
+
+    def _twin(self, name: str, make: Callable[[], nn.Module]) -> nn.Module:
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def _with_peer(self) -> nn.Module:
+        twin = stock_twin(self.model, S)
+        peer.use(twin)
+        return twin
+
+
+def thresholds(routings: Sequence[Routing], visual: Any, skips: Sequence[float]) -> dict[float, tuple[float, float] | None]:
+    """Return the thresholds that reach skip ratios, in each modality, on the routing of random inputs.
+
+    Args:
+        routings: Of each MoE layer.
+        visual: bool [T], which tokens are visual.
+        skips: Ratios in [0, 1); 0 stands for no thresholds.
+    """
+    found: dict[float, tuple[float, float] | None] = {}
+    for skip in skips:
+        taus = []
+        for mine in (~visual, visual):
+            weights = torch.cat([routing.weights[mine].reshape(-1) for routing in routings])
+            taus.append(_quantile(weights, skip) if weights.numel() else 0.0)
+        found[skip] = (taus[0] or taus[1], taus[1] or taus[0]) if skip else None
+    return found
+
+
+def _quantile(weights: torch.Tensor, share: float) -> float:
+    """Return the smallest weight above that share of them; by sorting, since ``torch.quantile`` takes no large input."""
+    return float(weights.sort().values[min(int(share * weights.numel()), weights.numel() - 1)])

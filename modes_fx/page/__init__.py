@@ -1,0 +1,1 @@
+"""What a person looks at: measurements as one HTML file that needs nothing else."""

@@ -1,0 +1,63 @@
+"""What every measurement of time shares: settings run in turn, one after the other in each round."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_FEWEST = 3  # rounds that a limit of time leaves
+
+
+def in_turn(
+    runners: Mapping[str, Callable[[], T]],
+    rounds: int,
+    warm_up: int,
+    *,
+    on_round: Callable[[int], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    limit_s: float | None = None,
+) -> dict[str, list[T]]:
+    """Run all once a round, so that a busy moment of the machine hits all alike.
+
+    Args:
+        runners: What to run, by name; each returns what it measured.
+        rounds: Rounds whose results are returned.
+        warm_up: Rounds before them, in which compilers work.
+        on_round: Called before each round with its number; those that warm up are negative.
+        on_step: Called with (runs done, runs in all).
+        limit_s: Seconds after which no round begins, once three have ended.
+
+    Returns:
+        What each measured, a value a round.
+    """
+    found: dict[str, list[T]] = {name: [] for name in runners}
+    done, total = 0, (warm_up + rounds) * len(runners)
+    started = time.perf_counter()
+    for index in range(-warm_up, rounds):
+        if limit_s is not None and index >= _FEWEST and time.perf_counter() - started > limit_s:
+            break
+        if on_round is not None:
+            on_round(index)
+        for name, run in runners.items():
+            measured = run()
+            if index >= 0:
+                found[name].append(measured)
+            done += 1
+            if on_step is not None:
+                on_step(done, total)
+    return found
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

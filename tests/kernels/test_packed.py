@@ -1,0 +1,133 @@
+"""Packed weights compute as the weights that they stand for, and give them back whole."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modes_fx
+from modes_fx.errors import ModelError
+from modes_fx.kernels import ops
+from modes_fx.kernels.packed import PackedWeight, Packing
+from tests import harness, tiny
+from tests.kernels.test_ops import assert_close, randn, routing
+
+pytestmark = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="oneDNN's bfloat16 kernels need AVX-512")
+
+
+class Experts(nn.Module):
+    def __init__(self, experts: int = 3, inner: int = 40, outer: int = 64) -> None:
+        super().__init__()
+        self.up = nn.Parameter(randn(experts, outer, inner, dtype=torch.bfloat16))
+        self.odd = nn.Parameter(randn(experts, 30, inner, dtype=torch.bfloat16))
+        self.scale = nn.Parameter(torch.ones(3))
+
+
+@pytest.fixture
+def experts() -> Experts:
+    return Experts()
+
+
+@pytest.fixture
+def packing(experts: Experts) -> Packing:
+    packing = Packing()
+    packing.pack([experts])
+    return packing
+
+
+@pytest.mark.parametrize(("tokens", "top_k"), [(5, 2), (1, 3), (0, 2), (200, 1)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_packed_kernels_compute_what_the_others_do(tokens: int, top_k: int, threads: int) -> None:
+    module = Experts()
+    weight = module.up.detach().clone()
+    Packing().pack([module])
+    blocks = module.up.blocks
+    ids, pairs, offsets = routing(tokens, top_k, 3)
+    x, rows, weights = (randn(size, 40, dtype=torch.bfloat16) for size in (tokens, len(pairs), 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        gathered = ops.linear_packed(x, pairs, top_k, blocks, offsets)
+        given = ops.linear_packed(x[pairs // top_k], None, top_k, blocks, offsets)
+        weights = randn(len(pairs))
+        summed = ops.linear_combine_packed(rows, pairs, top_k, weights, blocks, offsets, tokens)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(gathered, torch.einsum("rd,rnd->rn", x[pairs // top_k].double(), weight[ids[pairs]].double()), torch.bfloat16)
+    assert given.equal(gathered)
+    assert_close(summed, ops.linear_combine(rows, pairs, top_k, weights, weight, offsets, tokens).double(), torch.float32)
+
+
+def test_they_are_well_behaved_operations(experts: Experts, packing: Packing) -> None:
+    _, pairs, offsets = routing(5, 2, 3)
+    x, rows = randn(5, 40, dtype=torch.bfloat16), randn(len(pairs), 40, dtype=torch.bfloat16)
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    combined = (rows, pairs, 2, randn(len(pairs)), experts.up.blocks, offsets, 5)
+    torch.library.opcheck(
+        torch.ops.modes_fx.linear_packed.default, (x, pairs, 2, experts.up.blocks, offsets), test_utils=checks
+    )
+    torch.library.opcheck(torch.ops.modes_fx.linear_combine_packed.default, combined, test_utils=checks)
+
+
+def test_blocks_take_the_memory_of_the_weights_and_give_it_back(experts: Experts) -> None:
+    wanted = {name: value.clone() for name, value in experts.state_dict().items()}
+    parameters, address = dict(experts.named_parameters()), experts.up.data_ptr()
+    packing = Packing()
+    packing.pack([experts])
+    assert isinstance(experts.up, PackedWeight)
+    assert experts.up.blocks.data_ptr() == address
+    assert parameters["up"].numel() == 0
+    assert experts.odd is parameters["odd"], "30 columns fill no block"
+    assert all(value.equal(wanted[name]) and type(value) is Tensor for name, value in experts.state_dict().items())
+    packing.undo()
+    assert dict(experts.named_parameters()).items() >= parameters.items()
+    assert experts.up.data_ptr() == address
+    assert all(value.equal(wanted[name]) for name, value in experts.state_dict().items())
+    assert not experts._state_dict_hooks
+
+
+def test_any_other_operation_sees_the_weight_itself(experts: Experts) -> None:
+    weight = experts.up.detach().clone()
+    Packing().pack([experts])
+    assert (experts.up + 1).equal(weight + 1)
+    assert experts.up[1].equal(weight[1])
+    assert copy.deepcopy(experts).up.equal(weight)
+    assert type(copy.deepcopy(experts).up) is nn.Parameter
+    with pytest.raises(ModelError, match=r"would change weights that are packed.*restore"):
+        experts.up.detach().zero_()
+
+
+def test_what_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ModelError, match="found no weight to pack"):
+        Packing().pack([Experts().float()])
+
+
+@pytest.fixture
+def models() -> tuple[nn.Module, nn.Module]:
+    stock = tiny.make("qwen3_vl_moe", torch.bfloat16)
+    return stock, copy.deepcopy(stock)
+
+
+def test_a_model_with_packed_weights_skips_the_same_and_saves_the_same(
+    models: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    harness.compile_with(monkeypatch, harness.uncompiled)
+    stock, model = models
+    inputs = tiny.mixed_batch()
+    plan = modes_fx.SkipPlan.uniform(text=0.3, vision=0.4)
+    wanted = harness.logits(modes_fx.optimize(stock, plan), inputs)
+    state = harness.model_state(model)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    modes_fx.optimize(model, plan, prepack=True)
+    logits = harness.logits(model, inputs)
+    assert {site.gemms for site in modes_fx.report(model).sites} == {"packed kernels"}
+    assert {site.gemms for site in modes_fx.report(stock).sites} == {"kernels"}
+    assert (logits - wanted).abs().max() <= 0.02 * wanted.abs().max()
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert all(value.equal(saved[name]) for name, value in again.state_dict().items())
+    modes_fx.restore(model)
+    assert harness.model_state(model) == state
+    assert all(value.equal(saved[name]) for name, value in model.state_dict().items())
