@@ -49,7 +49,7 @@ def main() -> None:
     model, processor = load()
     modes_fx.optimize(model)
     targets = [float(target) for target in options.targets.split(",")]
-    plan = _plan(model, processor, targets, options.plan)
+    plan = searched_plan(model, processor, targets, options.plan)
     samples = make_samples("test", -(-options.inputs // 8))[: options.inputs]
     rows = [row for kind in KINDS for row in _rows(model, plan, targets, kind, _inputs(samples, processor, *KINDS[kind]))]
     headers = ["inputs", "target", "thresholds", "skipped", "distance", "deviation", "KL, nats", "ms"]
@@ -58,7 +58,8 @@ def main() -> None:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _plan(model: Any, processor: Any, targets: Sequence[float], path: Path | None) -> SkipPlan:
+def searched_plan(model: Any, processor: Any, targets: Sequence[float], path: Path | None) -> SkipPlan:
+    """Return the plan in a file, or search for one as ``modes-fx demo`` does and write it there."""
     if path is not None and path.exists():
         return SkipPlan.load(path)
     size = Size()

@@ -112,12 +112,18 @@ def random_bounds(
 
 
 def decide(rule: str, weights_TK: Tensor, ids_TK: Tensor, bound_T: Tensor, table: Tensor | None = None) -> Tensor:
-    """The rivals' decisions, one token after the other in plain Python, as their papers say; the weights that survive, else 0.
+    """A rule's decisions, one token after the other in plain Python, as its paper or its docstring says.
 
     Returns:
-        float64 [T, K]; NaN where a pair is dropped.
+        float64 [T, K]: the weights that survive; NaN where a pair is dropped.
     """
     result = torch.full(weights_TK.shape, float("nan"), dtype=torch.float64)
+    read = {
+        expert
+        for weights, ids, bound in zip(weights_TK.double().tolist(), ids_TK.tolist(), bound_T.tolist(), strict=True)
+        for weight, expert in zip(weights, ids, strict=True)
+        if weight >= bound
+    }
     for token, (weights, ids) in enumerate(zip(weights_TK.double().tolist(), ids_TK.tolist(), strict=True)):
         beta, order = float(bound_T[token]), sorted(range(len(weights)), key=lambda rank: (-weights[rank], rank))
         kept: list[int] = []
@@ -130,6 +136,10 @@ def decide(rule: str, weights_TK: Tensor, ids_TK: Tensor, bound_T: Tensor, table
                 if sum(weights[other] for other in order[place:]) < share * sum(weights):
                     break
                 kept.append(rank)
+        elif rule == "batch_threshold":
+            assert table is not None
+            eased = [beta * (1 - float(table[ids[rank]])) if ids[rank] in read else beta for rank in range(len(weights))]
+            kept = [rank for rank in order if weights[rank] >= eased[rank]]
         elif rule == "random":
             assert table is not None
             kept = [rank for rank in order if _draw(token, ids[rank], int(table[0])) >= beta]

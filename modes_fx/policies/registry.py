@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from modes_fx.errors import ModesFxError
-from modes_fx.policies import chance, diep, mc_moe, naee, naee_top2, reduce_k, threshold
+from modes_fx.policies import batch_threshold, chance, diep, mc_moe, naee, naee_top2, reduce_k, threshold
 from modes_fx.policies.rule import Rule
 
 RULES: dict[str, Rule] = {
     "threshold": threshold.RULE,
+    "batch_threshold": batch_threshold.RULE,
     "reduce_k": reduce_k.RULE,
     "naee": naee.RULE,
     "naee_top2": naee_top2.RULE,

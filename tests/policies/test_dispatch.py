@@ -12,7 +12,8 @@ from tests import harness, oracle, tiny
 from tests.passes.conftest import DISPATCHES, EXPERTS, TOP_K, Routing, assert_close, expected
 from tests.policies.tables import table_for
 
-CASES = [(*both, rule) for both, rule in itertools.product(DISPATCHES, ("naee", "naee_top2", "diep", "random"))]
+NAMES = ("naee", "naee_top2", "diep", "random", "batch_threshold")
+CASES = [(*both, rule) for both, rule in itertools.product(DISPATCHES, NAMES)]
 
 
 class Runtime(harness.FixedRuntime):
@@ -30,7 +31,8 @@ def test_what_a_rule_keeps_is_computed_with_its_weights_and_nothing_else(stock_f
     experts = oracle.experts_of(tiny.make("olmoe"))[0]
     experts.config._experts_implementation = stock_form
     run = harness.compiled_block(experts, dispatch, runtime, log, rule=rule)
-    for tokens, beta in ((9, 0.0), (9, 0.4), (20, 0.7), (7, 1e9)):
+    for tokens, share in ((9, 0.0), (9, 0.4), (20, 0.7), (7, 1e9)):
+        beta = share / 2 if rule == "batch_threshold" else share  # which is about a weight, not the sum of a token's
         routing = Routing.random(tokens, torch.float32, seed=tokens)
         for tensor in (routing.hidden, routing.ids, routing.weights):
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -42,8 +44,8 @@ def test_what_a_rule_keeps_is_computed_with_its_weights_and_nothing_else(stock_f
         survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((tokens,), beta), table_for(rule, EXPERTS))
         keep = ~survivors.isnan()
         kept, fewest = int(keep.sum()), tokens if rule == "naee_top2" else 0  # which never drops a token's first
-        if beta in (0.0, 1e9):
-            assert kept == (fewest if beta else keep.numel())
+        if share in (0.0, 1e9):
+            assert kept == (fewest if share else keep.numel())
         else:
             assert fewest < kept < keep.numel()
         changed = Routing(routing.hidden, routing.ids, survivors.nan_to_num())
@@ -72,7 +74,7 @@ def test_renormalised_weights_are_rounded_to_the_models_dtype_and_unchanged_wher
     assert outs["naee_top2"].equal(outs["threshold"])
 
 
-@pytest.mark.parametrize("rule", ["diep", "random"])
+@pytest.mark.parametrize("rule", ["diep", "random", "batch_threshold"])
 def test_generated_code_decides_alike(rule: str) -> None:
     runtime = Runtime(recording=True)
     runtime.layer_table = table_for(rule, EXPERTS)

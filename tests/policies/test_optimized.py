@@ -1,4 +1,4 @@
-"""Rivals in a whole model: the plan's tables reach each layer, and new ones compile nothing."""
+"""Other rules than the default in a whole model: the plan's tables reach each layer, and new ones compile nothing."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import modes_fx
 from modes_fx.calib import Objective
 from modes_fx.errors import PlanError
 from modes_fx.plan import PlanPoint, SkipPlan
+from modes_fx.policies.batch_threshold import slack_tables
 from modes_fx.policies.chance import seed_tables
 from tests import harness, oracle, tiny
 from tests.calib.conftest import with_answers
@@ -17,13 +18,15 @@ from tests.calib.conftest import with_answers
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
 INPUTS = tiny.mixed_batch(seed=2)
-RIVALS = ("naee", "naee_top2", "diep", "random")
+OTHERS = ("naee", "naee_top2", "diep", "random", "batch_threshold")
 
 
 def plan(rule: str, beta: float, seed: int = 0) -> SkipPlan:
     tables = None
     if rule == "random":
         tables = seed_tables(2, seed)
+    if rule == "batch_threshold":
+        tables = slack_tables(2, 6, 0.25 + 0.25 * seed)
     if rule == "diep":
         noise = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(seed)) + 0.5
         tables = tuple(tuple(tuple(row) for row in layer) for layer in noise.tolist())
@@ -41,7 +44,8 @@ def oracles_answer(made: SkipPlan, inputs: dict[str, Tensor]) -> tuple[Tensor, T
         def silence(module: nn.Module, args: tuple[Tensor, ...], layer: int = layer) -> tuple[Tensor, ...]:
             hidden, ids, weights = args
             flat = classes.flatten()
-            mine = oracle.decide(made.rule, weights, ids, bounds[layer][flat.clamp(max=1)], tables[layer])
+            bound = torch.cat([bounds[layer], torch.tensor([torch.inf])])[flat]
+            mine = oracle.decide(made.rule, weights, ids, bound, tables[layer])
             mine[flat == 2] = torch.nan
             for modality in range(2):
                 kept[layer, modality] += int((~mine.isnan())[flat == modality].sum())
@@ -51,7 +55,7 @@ def oracles_answer(made: SkipPlan, inputs: dict[str, Tensor]) -> tuple[Tensor, T
     return harness.logits(model, inputs), kept
 
 
-@pytest.mark.parametrize("rule", RIVALS)
+@pytest.mark.parametrize("rule", OTHERS)
 def test_a_whole_model_skips_what_the_oracle_drops_and_new_numbers_compile_nothing(vlm: nn.Module, rule: str) -> None:
     modes_fx.optimize(vlm, plan(rule, 0.5))
     graphs = []
@@ -76,7 +80,7 @@ def test_the_objective_measures_any_rule(vlm: nn.Module) -> None:
     assert found.kl > 0
 
 
-@pytest.mark.parametrize("rule", ["diep", "random", "naee"])
+@pytest.mark.parametrize("rule", ["diep", "random", "naee", "batch_threshold"])
 def test_a_plan_keeps_its_rule_and_its_tables_in_a_file(tmp_path: Path, rule: str) -> None:
     made = plan(rule, 0.5)
     assert SkipPlan.load(made.save(tmp_path / "plan.json")) == made

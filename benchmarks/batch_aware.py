@@ -1,0 +1,193 @@
+"""Batch-aware thresholds against plain ones at equal skip ratios: experts read, time of an MoE block, loss.
+
+    python benchmarks/batch_aware.py [--tokens 64,512] [--skip 0.5,0.75,0.875] [--slack 0,0.25,0.5,0.75] [--threads 1]
+
+One block of Qwen3-VL-30B-A3B (random weights, bfloat16), with the routing of a random router ("uniform") and of one whose
+experts' popularity falls like 1 / rank ("Zipf"). For each slack the threshold is what skips the given share of that very batch.
+All slacks run once a round; medians of the CPU time (with one thread, as by default, the time it takes but for other
+processes' turns), and the median over rounds of the ratio to the first slack.
+
+The embedded model's loss: KL(unskipped || skipped) in nats on answer tokens of the test split, in batches of about as many
+tokens. For each slack the plan's thresholds are multiplied by what makes these batches skip the given share. The plan is
+calibrated and searched as ``modes-fx demo`` does, or read from the file of ``--plan`` where that exists (it is written there
+otherwise). Experts read are a mean over layers and batches.
+"""
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from budget import searched_plan
+from moe_block import SHAPE, Block, build
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import modes_fx
+from modes_fx.calib import Evaluation, Objective
+from modes_fx.compare.tuning import Tuner
+from modes_fx.demo import collate, load, make_samples
+from modes_fx.demo.timing import cpu_name
+from modes_fx.files import write_atomically
+from modes_fx.optimize import optimized_state
+from modes_fx.plan import PlanPoint, SkipPlan
+from modes_fx.policies import RULES, decide
+from modes_fx.policies.batch_threshold import slack_tables
+
+RULE = "batch_threshold"
+TOKENS_A_SAMPLE = 85  # of the embedded model's task
+Row = dict[str, Any]
+
+
+def block_plan(tau: float, slack: float) -> SkipPlan:
+    """Return the plan of a block: one threshold for all."""
+    return SkipPlan((PlanPoint(None, tau, tau),), rule=RULE, tables=slack_tables(1, SHAPE["num_experts"], slack))
+
+
+def skew(block: Block) -> Tensor:
+    """Make experts differ in popularity like 1 / rank; return what to add to hidden states for that, [H]."""
+    experts = SHAPE["num_experts"]
+    direction = nn.functional.normalize(torch.randn(SHAPE["hidden_size"]), dim=0)
+    bias = -torch.arange(1, experts + 1).float().log()[torch.randperm(experts)]
+    block.mlp.gate.weight.data += torch.outer(bias / 8, direction).to(torch.bfloat16)
+    return (8 * direction).to(torch.bfloat16)
+
+
+def tuned(block: Block, hidden: Tensor, slack: float, skip: float) -> tuple[float, float, int]:
+    """Return the threshold that skips the share ``skip`` of a batch, what it skips, and the experts it reads."""
+    _, weights, ids = block.mlp.gate(hidden[0])
+    flat, classes = (ids.reshape(-1), weights.reshape(-1)), torch.zeros(len(ids), dtype=torch.int64)
+    table = torch.full((SHAPE["num_experts"],), slack)
+    low, high, keep = 0.0, 1.0, torch.empty(0)
+    for _ in range(30):
+        middle = (low + high) / 2
+        keep, _ = decide(RULES[RULE].keep, *flat, classes, torch.tensor([middle]), table, top_k=ids.shape[1])
+        low, high = (middle, high) if 1 - keep.float().mean() < skip else (low, middle)
+    return middle, 1 - float(keep.float().mean()), len(ids[keep].unique())
+
+
+def time_block(counts: Sequence[int], skips: Sequence[float], slacks: Sequence[float], rounds: int) -> list[Row]:
+    """Return one row for each routing, token count, skip ratio and slack."""
+    rows = []
+    for routing in ("uniform", "Zipf"):
+        block = build("grouped_mm")
+        shift = skew(block) if routing == "Zipf" else torch.zeros(SHAPE["hidden_size"], dtype=torch.bfloat16)
+        modes_fx.optimize(block, block_plan(0.0, 0.0))
+        for count in counts:
+            hidden = torch.randn(1, count, SHAPE["hidden_size"], dtype=torch.bfloat16) + shift
+            for skip in skips:
+                found = {slack: tuned(block, hidden, slack, skip) for slack in slacks}
+                ms: dict[float, list[float]] = {slack: [] for slack in slacks}
+                for index in range(rounds + 2):
+                    for slack, (tau, *_) in found.items():
+                        modes_fx.set_plan(block, block_plan(tau, slack))
+                        started = time.process_time()
+                        block(hidden)
+                        if index >= 2:
+                            ms[slack].append((time.process_time() - started) * 1e3)
+                for slack, (_, skipped, experts) in found.items():
+                    ratio = statistics.median(own / plain for own, plain in zip(ms[slack], ms[slacks[0]], strict=True))
+                    row = {"routing": routing, "tokens": count, "slack": slack, "skipped": skipped, "experts": experts}
+                    rows.append({**row, "ms": statistics.median(ms[slack]), "to_plain": ratio})
+        modes_fx.restore(block)
+    return rows
+
+
+@contextmanager
+def counting_experts(model: Any) -> Iterator[list[int]]:
+    """Yield a list that gets the number of experts read by each MoE layer that runs."""
+    state, ids, read = optimized_state(model), {}, []
+    hooks, record = [], state.runtime.record
+
+    def note_ids(layer: int, gate: nn.Module, hidden: Tensor) -> None:
+        with torch.no_grad():
+            ids[layer] = gate(hidden.flatten(0, -2))[2].flatten()
+
+    def note_pairs(layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
+        read.append(len(ids[layer][pairs[pairs >= 0]].unique()))
+        record(layer, top_k, token_class, pairs)
+
+    for index, found in enumerate(state.layers):
+        layer = model.get_submodule(found.name.removesuffix(".mlp.experts"))  # hooks in a block would be compiled with it
+        norm, gate = layer.post_attention_layernorm, layer.mlp.gate
+        hooks.append(norm.register_forward_hook(lambda _, __, out, index=index, gate=gate: note_ids(index, gate, out)))
+    state.runtime.record = note_pairs
+    try:
+        yield read
+    finally:
+        del state.runtime.record
+        for hook in hooks:
+            hook.remove()
+
+
+def _measure(objective: Objective, bounds: Tensor, scale: float) -> Evaluation:
+    return objective.evaluate(bounds * scale)
+
+
+def measure_loss(
+    counts: Sequence[int], skips: Sequence[float], slacks: Sequence[float], plan_file: Path | None, images: int
+) -> list[Row]:
+    """Return one row for each token count, skip ratio and slack."""
+    model, processor = load()
+    modes_fx.optimize(model)
+    plan = searched_plan(model, processor, skips, plan_file)
+    samples = make_samples("test", images)
+    layers, experts = len(plan.layers), model.config.text_config.num_experts
+    tables = {slack: slack_tables(layers, experts, slack) for slack in slacks}
+    rows = []
+    modes_fx.optimize(model, replace(plan, rule=RULE, tables=tables[slacks[0]]))
+    for count in counts:
+        size = max(1, count // TOKENS_A_SAMPLE)
+        batches = [collate(samples[start : start + size], processor) for start in range(0, len(samples), size)]
+        objective = Objective(model, batches)
+        for skip in skips:
+            bounds = plan.bounds(layers, skip)
+            for slack in slacks:
+                modes_fx.set_plan(model, replace(plan, rule=RULE, tables=tables[slack]), skip)
+                tuner = Tuner(partial(_measure, objective, bounds), tolerance=0.003)
+                best = tuner.reach(skip)
+                if best is None:
+                    continue
+                with counting_experts(model) as read:
+                    found = objective.evaluate(bounds * best.scale)
+                row = {"routing": "embedded model", "tokens": count, "slack": slack, "skipped": found.skip_ratio}
+                rows.append({**row, "experts": statistics.fmean(read), "kl": found.kl})
+    return rows
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="64,512")
+    parser.add_argument("--skip", default="0.5,0.75,0.875")
+    parser.add_argument("--slack", default="0,0.25,0.5,0.75", help="the first is what others are compared with")
+    parser.add_argument("--images", type=int, default=16, help="of the test split, with 8 questions each")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--plan", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    counts = [int(item) for item in options.tokens.split(",")]
+    skips, slacks = ([float(item) for item in given.split(",")] for given in (options.skip, options.slack))
+    rows = measure_loss(counts, skips, slacks, options.plan, options.images)
+    with torch.inference_mode():
+        rows += time_block(counts, skips, slacks, options.rounds)
+    print(f"{options.threads} threads, {cpu_name()}, torch {torch.__version__}")
+    print(tabulate(rows, headers="keys", floatfmt=("", "", "", ".3f", ".1f", ".1e", ".2f", ".2f")))
+    if options.json:
+        write_atomically(options.json, json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
