@@ -1,8 +1,8 @@
 // GEMMs of experts over the rows of their kept pairs. Shapes: T tokens, K experts a token, E experts, R rows (kept pairs in
 // expert order), D inner, N outer size. Weights [E, N, D] are read as they lie in memory, each once for all rows of its expert.
 //
-// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packing. Threads share the columns of every expert
-// evenly, whatever the routing, and none writes where another does.
+// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packing. Threads share the columns of every
+// expert evenly, whatever the routing, and none writes where another does.
 
 #include <algorithm>
 #include <cstdint>
