@@ -90,8 +90,8 @@ inline void tile(const T* const* rows, const T* weight, int64_t stride, int64_t 
     Vec columns[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) {
       columns[j] = load(weight + j * stride + d);
-      // The next tile's weights: each row of them lies in a page of its own, where the hardware does not look ahead.
-      __builtin_prefetch(weight + (j + COLUMNS) * stride + d, 0, 2);
+      // Of a tile to come: each row of weights may lie in a page of its own, where the hardware does not look ahead.
+      __builtin_prefetch(weight + (j + 2 * COLUMNS) * stride + d, 0, 2);
     }
     for (int i = 0; i < ROWS; ++i) {
       Vec row = load(rows[i] + d);
