@@ -1,12 +1,13 @@
 // GEMMs of experts over the rows of their kept pairs. Shapes: T tokens, K experts a token, E experts, R rows (kept pairs in
 // expert order), D inner, N outer size. Weights [E, N, D] are read as they lie in memory, each once for all rows of its expert.
 //
-// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packing. Threads share the columns of every expert
-// evenly, whatever the routing, and none writes where another does.
+// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packing. Threads share the columns of every
+// expert evenly, whatever the routing, and none writes where another does.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -89,8 +90,8 @@ inline void tile(const T* const* rows, const T* weight, int64_t stride, int64_t 
     Vec columns[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) {
       columns[j] = load(weight + j * stride + d);
-      // The next tile's weights: each row of them lies in a page of its own, where the hardware does not look ahead.
-      __builtin_prefetch(weight + (j + COLUMNS) * stride + d, 0, 2);
+      // Of a tile to come: each row of weights may lie in a page of its own, where the hardware does not look ahead.
+      __builtin_prefetch(weight + (j + 2 * COLUMNS) * stride + d, 0, 2);
     }
     for (int i = 0; i < ROWS; ++i) {
       Vec row = load(rows[i] + d);
@@ -122,10 +123,9 @@ struct Experts {
   int64_t expert_stride, column_stride, experts, columns, inner;
   const int64_t* offsets;  // [E + 1], of each expert's rows
 
-  // Call row_of(r) for the start of row r, and take(r, n, values, count) for its products with columns n, n + 1, ...
-  template <typename RowOf, typename Take>
-  void run(int64_t begin, int64_t end, const RowOf& row_of, const Take& take) const {
-    const T* rows[kRows];
+  // Call take(r, n, values, count) for the products of row r with columns n, n + 1, ...
+  template <typename Take>
+  void run(int64_t begin, int64_t end, const T* const* rows, const Take& take) const {
     float out[kRows][kColumns];
     for (int64_t e = 0; e < experts; ++e) {
       for (int64_t first = offsets[e]; first < offsets[e + 1]; first += kChunk) {
@@ -136,9 +136,8 @@ struct Experts {
           for (int64_t block = 0; block < blocks; ++block) {  // of nearly equal height
             int64_t low = first + count * block / blocks, high = first + count * (block + 1) / blocks;
             int height = int(high - low);
-            for (int i = 0; i < height; ++i) rows[i] = row_of(low + i);
-            if (width == kColumns) tile_of<T, kColumns>(height, rows, column, column_stride, inner, out);
-            else tile_of<T, 1>(height, rows, column, column_stride, inner, out);
+            if (width == kColumns) tile_of<T, kColumns>(height, rows + low, column, column_stride, inner, out);
+            else tile_of<T, 1>(height, rows + low, column, column_stride, inner, out);
             for (int i = 0; i < height; ++i) take(low + i, n, out[i], width);
           }
           n += width;
@@ -147,34 +146,37 @@ struct Experts {
     }
   }
 
-  template <typename RowOf, typename Take>
-  void share(int threads, const RowOf& row_of, const Take& take) const {
+  template <typename Take>
+  void share(int threads, const T* const* rows, const Take& take) const {
     int64_t tiles = (columns + kColumns - 1) / kColumns;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int part = 0; part < threads; ++part)
       run(std::min(columns, tiles * part / threads * kColumns), std::min(columns, tiles * (part + 1) / threads * kColumns),
-          row_of, take);
+          rows, take);
   }
 };
 
 template <typename T>
 void linear(const T* x, int64_t x_stride, const int64_t* pairs, int64_t top_k, Experts<T> experts, T* out, int threads) {
-  experts.share(
-      threads, [=](int64_t r) { return x + (pairs ? pairs[r] / top_k : r) * x_stride; },
-      [=](int64_t r, int64_t n, const float* values, int count) {
-        for (int j = 0; j < count; ++j) store(out + r * experts.columns + n + j, values[j]);
-      });
+  std::vector<const T*> rows(experts.offsets[experts.experts]);
+  for (size_t r = 0; r < rows.size(); ++r) rows[r] = x + (pairs ? pairs[r] / top_k : int64_t(r)) * x_stride;
+  experts.share(threads, rows.data(), [=](int64_t r, int64_t n, const float* values, int count) {
+    for (int j = 0; j < count; ++j) store(out + r * experts.columns + n + j, values[j]);
+  });
 }
 
 template <typename T>
 void combine(const T* x, int64_t x_stride, const int64_t* pairs, int64_t top_k, const float* weights, Experts<T> experts,
              float* out, int threads) {
-  experts.share(
-      threads, [=](int64_t r) { return x + r * x_stride; },
-      [=](int64_t r, int64_t n, const float* values, int count) {
-        float* token = out + pairs[r] / top_k * experts.columns + n;
-        for (int j = 0; j < count; ++j) token[j] += weights[r] * values[j];
-      });
+  std::vector<const T*> rows(experts.offsets[experts.experts]);
+  std::vector<float*> tokens(rows.size());
+  for (size_t r = 0; r < rows.size(); ++r) {
+    rows[r] = x + r * x_stride;
+    tokens[r] = out + pairs[r] / top_k * experts.columns;
+  }
+  experts.share(threads, rows.data(), [=, tokens = tokens.data()](int64_t r, int64_t n, const float* values, int count) {
+    for (int j = 0; j < count; ++j) tokens[r][n + j] += weights[r] * values[j];
+  });
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// As in experts.cpp, over weights packed for oneDNN's matrix kernels, which use the CPU's matrix units (AMX) or bfloat16 dot products:
-// [E, N / 32, D / 2, 32, 2], that is, for 32 columns at a time, pairs of consecutive values of D.
+// As in experts.cpp, over weights packed for oneDNN's matrix kernels, which use the CPU's matrix units (AMX) or bfloat16 dot
+// products: [E, N / 32, D / 2, 32, 2], that is, for 32 columns at a time, pairs of consecutive values of D.
 
 #include <ATen/native/CPUBlas.h>
 
