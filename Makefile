@@ -43,7 +43,7 @@ lint: $(SYNC)  ## check style and types
 bench: $(SYNC)  ## time an MoE block of Qwen3-VL-30B-A3B against stock settings (2 minutes)
 	$(BIN)/modes-fx bench --tokens 1 512 --rounds 5 --json out/bench/bench.json
 
-bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, growth, overhead (15 minutes, 24 GB of memory)
+bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, growth, overhead (12 minutes, 12 GB of memory)
 	$(BIN)/modes-fx bench --parts block layers growth overhead --tokens 1 64 512 2048 --threads 1 2 \
 		--json out/bench/bench-full.json --plot out/bench/bench-full.svg
 
