@@ -14,7 +14,8 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#define MODES_FX_AVX512
 constexpr int kBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kBytes = 32;
@@ -51,7 +52,7 @@ inline Vec load(const void* from) {
 }
 inline void multiply_add(Vec& sum, Vec a, Vec b, float) { sum += a * b; }
 inline void multiply_add(Vec& sum, Vec a, Vec b, bfloat16) {  // two products a lane
-#if defined(__AVX512BF16__)
+#if defined(MODES_FX_AVX512) && defined(__AVX512BF16__)
   sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
   Bits x = (Bits)a, y = (Bits)b;
@@ -60,7 +61,7 @@ inline void multiply_add(Vec& sum, Vec a, Vec b, bfloat16) {  // two products a 
 #endif
 }
 
-#if defined(__AVX512F__)
+#if defined(MODES_FX_AVX512)
 inline void sums(const Vec* v, float* out) {  // of the lanes of four vectors
   auto fold = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
   __m512d ab = (__m512d)fold((__m512)v[0], (__m512)v[1]), cd = (__m512d)fold((__m512)v[2], (__m512)v[3]);
@@ -71,7 +72,7 @@ inline void sums(const Vec* v, float* out) {  // of the lanes of four vectors
 #endif
 template <int COLUMNS>
 inline void sums_of(const Vec* v, float* out) {
-#if defined(__AVX512F__)
+#if defined(MODES_FX_AVX512)
   if constexpr (COLUMNS == 4) return sums(v, out);
 #endif
   for (int j = 0; j < COLUMNS; ++j) {
@@ -197,11 +198,16 @@ void combine(const T* x, int64_t x_stride, const int64_t* pairs, int64_t top_k, 
 MODES_FX_FOR(float32, float)
 MODES_FX_FOR(bfloat16, bfloat16)
 
-// Sort kept pairs by expert, in their own order within an expert; return how many there are. `offsets`: [E + 1].
+// Sort kept pairs by expert, in their own order within an expert; return how many there are, or -1 if some has no expert in
+// [0, experts). `offsets`: [E + 1].
 MODES_FX_EXPORT int64_t modes_fx_sort_pairs(const bool* keep, const int64_t* expert_ids, int64_t total, int64_t experts,
                                             int64_t* pairs, int64_t* offsets) {
   std::fill(offsets, offsets + experts + 1, 0);
-  for (int64_t pair = 0; pair < total; ++pair) offsets[expert_ids[pair] + 1] += keep[pair];
+  for (int64_t pair = 0; pair < total; ++pair) {
+    if (!keep[pair]) continue;
+    if (uint64_t(expert_ids[pair]) >= uint64_t(experts)) return -1;
+    ++offsets[expert_ids[pair] + 1];
+  }
   for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
   for (int64_t pair = 0; pair < total; ++pair)
     if (keep[pair]) pairs[offsets[expert_ids[pair]]++] = pair;

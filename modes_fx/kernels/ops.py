@@ -27,19 +27,24 @@ def sort_pairs(keep: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tens
 
     Args:
         keep: bool [S].
-        expert_ids: int64 [S], below ``num_experts``.
+        expert_ids: Integers [S].
         num_experts: E.
 
     Returns:
         Pairs, int64 [R], and offsets.
+
+    Raises:
+        IndexError: The expert of a kept pair is not in [0, E).
     """
-    keep, expert_ids = keep.contiguous(), expert_ids.contiguous()
+    keep, expert_ids = keep.contiguous(), expert_ids.to(torch.int64).contiguous()
     total = expert_ids.numel()
-    pairs = torch.empty(total, dtype=torch.int64)
-    offsets = torch.empty(num_experts + 1, dtype=torch.int64)
+    pairs = torch.empty(total, dtype=torch.int64, device="cpu")
+    offsets = torch.empty(num_experts + 1, dtype=torch.int64, device="cpu")
     rows = load().modes_fx_sort_pairs(
         keep.data_ptr(), expert_ids.data_ptr(), total, num_experts, pairs.data_ptr(), offsets.data_ptr()
     )
+    if rows < 0:
+        raise IndexError(f"A router chose an expert outside of 0 to {num_experts - 1}.")
     return pairs[:rows], offsets
 
 
@@ -88,7 +93,7 @@ def linear_combine(
         float32 [T, N].
     """
     experts, columns, inner = weight.shape
-    out = torch.zeros(tokens, columns)
+    out = torch.zeros(tokens, columns, dtype=torch.float32, device="cpu")
     if x.numel() and _suits_matrix_units(x, x.shape[0], experts):
         rows = _grouped_mm(x, weight, offsets).float() * row_weights.unsqueeze(1)
         return out.index_add_(0, pairs // top_k, rows)
@@ -133,7 +138,7 @@ def linear_combine_packed(
 ) -> Tensor:
     """As ``linear_combine``, with the blocks of a ``packed.PackedWeight``."""
     experts, columns, inner = _packed_shape(blocks)
-    out = torch.zeros(tokens, columns)
+    out = torch.zeros(tokens, columns, dtype=torch.float32, device="cpu")
     if x.numel():
         x, row_weights = _along_rows(x), row_weights.contiguous()
         load_packed().modes_fx_combine_packed(
@@ -158,7 +163,7 @@ def _along_rows(x: Tensor) -> Tensor:
 
 def _sort_pairs(keep: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size(min=0)
-    return expert_ids.new_empty(rows), expert_ids.new_empty(num_experts + 1)
+    return keep.new_empty(rows, dtype=torch.int64), keep.new_empty(num_experts + 1, dtype=torch.int64)
 
 
 def _linear(x: Tensor, pairs: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:

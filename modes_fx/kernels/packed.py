@@ -1,7 +1,7 @@
 """Experts' weights packed for the CPU's matrix kernels, in the place of the originals.
 
-The blocks take the very memory of the weights. A ``PackedWeight`` computes as the weight that it stands for: the kernels read
-its blocks, any other operation unpacks a copy first, and one that would change it is refused.
+Each weight's memory is given up for its blocks, one weight after the other. A ``PackedWeight`` computes as the weight that it
+stands for: the kernels read its blocks, any other operation unpacks a copy first, and one that would change it is refused.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PackedWeight(torch.Tensor):
 
     def unpacked(self) -> Tensor:
         """Return the weight, contiguous, in memory of its own."""
-        return self.blocks.permute(0, 1, 3, 2, 4).reshape(self.shape).contiguous()
+        return self.blocks.transpose(2, 3).clone(memory_format=torch.contiguous_format).view(self.shape)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -79,7 +79,8 @@ class Packing:
 
     def __init__(self) -> None:
         self._packed: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._hooks: list[Any] = []
+        self._made: dict[int, nn.Parameter] = {}  # by the original's id: tied weights stay tied
+        self._hooks: dict[nn.Module, Any] = {}
 
     def pack(self, experts: Sequence[nn.Module]) -> None:
         """Pack the weights of experts modules; each original parameter is left without memory."""
@@ -87,7 +88,7 @@ class Packing:
             raise ModelError("prepack=True needs a CPU with AVX-512 or AMX. Leave it out: experts are computed all the same.")
         for module in experts:
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if _packable(module, parameter):
+                if id(parameter) in self._made or _packable(module, parameter):
                     self._pack(module, name, parameter)
         if not self._packed:
             raise ModelError(
@@ -96,30 +97,34 @@ class Packing:
             )
 
     def _pack(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        experts, columns, inner = parameter.shape
-        data = parameter.data
-        with torch.no_grad():
-            for weight in data:  # one expert at a time, so that memory is never doubled
-                tiles = weight.view(columns // COLUMNS, COLUMNS, inner // 2, 2)
-                weight.copy_(tiles.permute(0, 2, 1, 3).reshape(columns, inner))
-        blocks = data.view(experts, columns // COLUMNS, inner // 2, COLUMNS, 2)
+        if id(parameter) not in self._made:
+            packed = PackedWeight(_blocks_of(parameter.detach()))
+            self._made[id(parameter)] = nn.Parameter(packed, requires_grad=False)
         self._packed.append((module, name, parameter))
-        module._parameters[name] = nn.Parameter(PackedWeight(blocks), requires_grad=False)
-        parameter.data = data.new_empty(0)  # whoever holds it fails, rather than read blocks as rows
-        if not any(hook[0] is module for hook in self._hooks):
-            self._hooks.append((module, module._register_state_dict_hook(_unpack_entries)))
+        module._parameters[name] = self._made[id(parameter)]
+        parameter.data = parameter.data.new_empty(0)  # for its memory; and whoever holds it fails, rather than read it
+        if module not in self._hooks:
+            self._hooks[module] = module.register_state_dict_post_hook(_unpack_entries)
 
     def undo(self) -> None:
-        """Put the original parameters back, their memory unpacked in place."""
-        for _, hook in self._hooks:
+        """Put the original parameters back, but for those that were replaced since: by a cast of the model, say."""
+        for hook in self._hooks.values():
             hook.remove()
         for module, name, parameter in self._packed:
-            packed = module._parameters[name]
-            if isinstance(packed, PackedWeight):
-                parameter.data = _unpack_in_place(packed.blocks)
-            module._parameters[name] = parameter
+            current = module._parameters[name]
+            if isinstance(current, PackedWeight):
+                if not parameter.numel():
+                    parameter.data = current.unpacked()
+                module._parameters[name] = parameter
         self._packed.clear()
+        self._made.clear()
         self._hooks.clear()
+
+
+def _blocks_of(weight: Tensor) -> Tensor:
+    experts, columns, inner = weight.shape
+    blocks = weight.new_empty(experts, columns // COLUMNS, inner // 2, COLUMNS, 2)
+    return blocks.copy_(weight.view(experts, columns // COLUMNS, COLUMNS, inner // 2, 2).transpose(2, 3))
 
 
 def _packable(module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -127,14 +132,6 @@ def _packable(module: nn.Module, parameter: nn.Parameter) -> bool:
         return False
     lies = parameter.is_contiguous() and parameter.device.type == "cpu" and type(parameter) is nn.Parameter
     return lies and parameter.dtype is torch.bfloat16 and parameter.shape[1] % COLUMNS == 0 and parameter.shape[2] % 2 == 0
-
-
-def _unpack_in_place(blocks: Tensor) -> Tensor:
-    experts, tiles, halves = blocks.shape[:3]
-    weight = blocks.view(experts, tiles * COLUMNS, halves * 2)
-    for mine, packed in zip(weight, blocks, strict=True):
-        mine.copy_(packed.permute(0, 2, 1, 3).reshape(mine.shape))
-    return weight
 
 
 def _unpack_entries(module: nn.Module, entries: dict[str, Any], prefix: str, _: Any) -> None:

@@ -14,6 +14,8 @@ bfloat16, quantised weights, and weights that do not lie along the inner dimensi
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -22,11 +24,10 @@ from modes_fx.kernels.library import DTYPES
 from modes_fx.kernels.packed import PackedWeight
 from modes_fx.passes.compact import add_rows
 from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
+from modes_fx.passes.rowwise import GROUPED, is_in_place
 from modes_fx.passes.site import Reject, RoutingSite
 from modes_fx.passes.walk import argument, input_of, is_method
 from modes_fx.policies import KeepRule, decide
-
-_GROUPED = ("_grouped_mm", "grouped_mm", "grouped_mm_fallback")
 
 
 def why_not(graph: fx.Graph, site: RoutingSite) -> str:
@@ -80,13 +81,14 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
     gemms = _gemms(node, site)
     dtype = combined.meta["example_value"].dtype
     last = next((item for item in weighted.all_input_nodes if item in gemms and set(item.users) == {weighted}), None)
+    gathers = _feeds_only(row_hidden, gemms)  # else the rows have to be there, for others or to be changed
     for gemm in gemms:
         if gemm is last:
             continue
-        rows_of = input_of(gemm)
-        gathered = [hidden, _weight(gemm), offsets, pairs]
-        given = gathered if _uncast(rows_of) is row_hidden else [rows_of, _weight(gemm), offsets]
-        (product,) = Emitter(before=gemm).trace(_linear, *given, top_k=site.top_k)
+        takes = [input_of(gemm), _weight(gemm), offsets]
+        if gathers and _uncast(takes[0]) is row_hidden:
+            takes = [hidden, _weight(gemm), offsets, pairs]
+        (product,) = Emitter(before=gemm).trace(_linear, *takes, top_k=site.top_k)
         gemm.replace_all_uses_with(product)
     if last is None:
         (summed,) = Emitter(before=combined).trace(add_rows, weighted, pair_token, hidden, dtype=dtype)
@@ -94,12 +96,13 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
         given = [input_of(last), pairs, row_weights, _weight(last), offsets, hidden]
         (summed,) = Emitter(before=combined).trace(_linear_combine, *given, top_k=site.top_k, dtype=dtype)
     combined.replace_all_uses_with(summed)
-    erase_dead([*(node[name] for name in (*site.scaffold, *site.body, *site.counting)), pair_token, *rows])
+    replaced = [node[name] for name in (*site.scaffold, *site.body, *site.counting) if not is_in_place(node[name])]
+    erase_dead([*replaced, pair_token, *rows])
     return pairs
 
 
 def _gemms(node: dict[str, fx.Node], site: RoutingSite) -> list[fx.Node]:
-    return [node[name] for name in site.body if getattr(node[name].target, "__name__", "") in _GROUPED]
+    return [node[name] for name in site.body if getattr(node[name].target, "__name__", "") in GROUPED]
 
 
 def _stored(gemm: fx.Node) -> fx.Node | None:
@@ -112,6 +115,11 @@ def _stored(gemm: fx.Node) -> fx.Node | None:
 
 def _weight(gemm: fx.Node) -> fx.Node:
     return input_of(input_of(gemm, 1))
+
+
+def _feeds_only(node: fx.Node, gemms: Collection[fx.Node]) -> bool:
+    """Return whether nothing but GEMMs sees a node's value, or changes it, also through conversions that change nothing."""
+    return all(user in gemms or (_uncast(user) is not user and _feeds_only(user, gemms)) for user in node.users)
 
 
 def _uncast(node: fx.Node) -> fx.Node:

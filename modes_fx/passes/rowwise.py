@@ -18,7 +18,7 @@ from modes_fx.passes.site import Reject
 _IN_PLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow", "truediv": "div"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "detach", "dropout"}
 _POINTWISE = {"hardswish", "logsigmoid", "log_sigmoid", "softsign"}  # composites, which carry no tag
-_GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
+GROUPED = {"_grouped_mm", "grouped_mm", "grouped_mm_fallback"}
 _NORMS = {"rms_norm", "layer_norm"}
 _A_MATRIX_A_ROW = {"bmm", "baddbmm", "matmul"}
 _JOINS = {"cat", "concat", "stack"}
@@ -83,7 +83,7 @@ def _works_by_row_of(source: fx.Node, node: fx.Node, name: str, offsets: fx.Node
     if not isinstance(source.meta.get("example_value"), Tensor):  # a tuple, such as chunk's
         return name == "getitem" and isinstance(node.args[1], int)
     ndim = _ndim(source)
-    if name in _GROUPED:
+    if name in GROUPED:
         matrices = _argument(node, 1, "mat2", None)
         known = offsets is not None and offsets in node.all_input_nodes
         return known and ndim == 2 and isinstance(matrices, fx.Node) and _ndim(matrices) == 3

@@ -39,38 +39,52 @@ def test_pairs_are_sorted_by_expert_and_stay_in_order_within_one(share: float) -
     assert offsets.diff().equal(torch.bincount(ids[kept], minlength=7))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_experts_of_kept_pairs_have_to_exist(kind: torch.dtype) -> None:
+    ids = torch.tensor([0, 7, 1, -1], dtype=kind)
+    with pytest.raises(IndexError, match="outside of 0 to 1"):
+        ops.sort_pairs(torch.tensor([True, True, True, False]), ids, 2)
+    with pytest.raises(IndexError, match="outside of 0 to 1"):
+        ops.sort_pairs(torch.tensor([True, False, True, True]), ids, 2)
+    pairs, offsets = ops.sort_pairs(torch.tensor([True, False, True, False]), ids, 2)
+    assert (pairs.tolist(), offsets.tolist()) == ([0, 2], [0, 1, 2])
+
+
+def test_results_are_float32_on_the_cpu_whatever_the_default() -> None:
+    pairs, offsets = ops.sort_pairs(torch.tensor([True]), torch.tensor([0]), 1)
+    x, weight = torch.ones(1, 4), torch.ones(1, 4, 4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            out = ops.linear_combine(x, pairs, 1, torch.ones(1, dtype=torch.float32, device="cpu"), weight, offsets, 1)
+            again, _ = ops.sort_pairs(torch.tensor([True], device="cpu"), torch.tensor([0], device="cpu"), 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (out.dtype, out.tolist(), again.tolist()) == (torch.float32, [[4.0] * 4], [0])
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_rows_are_multiplied_by_their_experts_weights(size: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+def test_rows_are_multiplied_by_their_experts_weights(size: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, top_k, experts, inner, outer = size
     ids, pairs, offsets = routing(tokens, top_k, experts)
     x, weight = randn(tokens, inner, dtype=dtype), randn(experts, outer, inner, dtype=dtype)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        gathered = ops.linear(x, pairs, top_k, weight, offsets)
-        given = ops.linear(x[pairs // top_k], None, top_k, weight, offsets)
-    finally:
-        torch.set_num_threads(before)
+    gathered = ops.linear(x, pairs, top_k, weight, offsets)
+    given = ops.linear(x[pairs // top_k], None, top_k, weight, offsets)
     wanted = torch.einsum("rd,rnd->rn", x[pairs // top_k].double(), weight[ids[pairs]].double())
     assert_close(gathered, wanted, dtype)
     assert given.equal(gathered)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_weighted_rows_are_added_up_in_float32(size: tuple[int, ...], dtype: torch.dtype, threads: int) -> None:
+def test_weighted_rows_are_added_up_in_float32(size: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, top_k, experts, inner, outer = size
     ids, pairs, offsets = routing(tokens, top_k, experts)
     x, weight, weights = randn(len(pairs), inner, dtype=dtype), randn(experts, outer, inner, dtype=dtype), randn(len(pairs))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        out = ops.linear_combine(x, pairs, top_k, weights, weight, offsets, tokens)
-    finally:
-        torch.set_num_threads(before)
+    out = ops.linear_combine(x, pairs, top_k, weights, weight, offsets, tokens)
     rows = torch.einsum("rd,rnd->rn", x.double(), weight[ids[pairs]].double()) * weights.double().unsqueeze(1)
     assert out.dtype is torch.float32
     assert_close(out, torch.zeros(tokens, outer, dtype=torch.float64).index_add(0, pairs // top_k, rows), torch.float32)

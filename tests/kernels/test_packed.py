@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import modes_fx
 from modes_fx.errors import ModelError
-from modes_fx.kernels import ops
+from modes_fx.kernels import ops, packed
 from modes_fx.kernels.packed import PackedWeight, Packing
 from tests import harness, tiny
 from tests.kernels.test_ops import assert_close, randn, routing
@@ -38,23 +38,18 @@ def packing(experts: Experts) -> Packing:
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), [(5, 2), (1, 3), (0, 2), (200, 1)])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_packed_kernels_compute_what_the_others_do(tokens: int, top_k: int, threads: int) -> None:
+@pytest.mark.usefixtures("threads")
+def test_the_packed_kernels_compute_what_the_others_do(tokens: int, top_k: int) -> None:
     module = Experts()
     weight = module.up.detach().clone()
     Packing().pack([module])
     blocks = module.up.blocks
     ids, pairs, offsets = routing(tokens, top_k, 3)
-    x, rows, weights = (randn(size, 40, dtype=torch.bfloat16) for size in (tokens, len(pairs), 1))
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        gathered = ops.linear_packed(x, pairs, top_k, blocks, offsets)
-        given = ops.linear_packed(x[pairs // top_k], None, top_k, blocks, offsets)
-        weights = randn(len(pairs))
-        summed = ops.linear_combine_packed(rows, pairs, top_k, weights, blocks, offsets, tokens)
-    finally:
-        torch.set_num_threads(before)
+    x, rows = randn(tokens, 40, dtype=torch.bfloat16), randn(len(pairs), 40, dtype=torch.bfloat16)
+    gathered = ops.linear_packed(x, pairs, top_k, blocks, offsets)
+    given = ops.linear_packed(x[pairs // top_k], None, top_k, blocks, offsets)
+    weights = randn(len(pairs))
+    summed = ops.linear_combine_packed(rows, pairs, top_k, weights, blocks, offsets, tokens)
     assert_close(gathered, torch.einsum("rd,rnd->rn", x[pairs // top_k].double(), weight[ids[pairs]].double()), torch.bfloat16)
     assert given.equal(gathered)
     assert_close(summed, ops.linear_combine(rows, pairs, top_k, weights, weight, offsets, tokens).double(), torch.float32)
@@ -71,21 +66,60 @@ def test_they_are_well_behaved_operations(experts: Experts, packing: Packing) ->
     torch.library.opcheck(torch.ops.modes_fx.linear_combine_packed.default, combined, test_utils=checks)
 
 
-def test_blocks_take_the_memory_of_the_weights_and_give_it_back(experts: Experts) -> None:
+def test_blocks_take_the_place_of_the_weights_and_give_them_back(experts: Experts) -> None:
     wanted = {name: value.clone() for name, value in experts.state_dict().items()}
-    parameters, address = dict(experts.named_parameters()), experts.up.data_ptr()
+    parameters = dict(experts.named_parameters())
     packing = Packing()
     packing.pack([experts])
     assert isinstance(experts.up, PackedWeight)
-    assert experts.up.blocks.data_ptr() == address
-    assert parameters["up"].numel() == 0
+    assert experts.up.blocks.untyped_storage().nbytes() == wanted["up"].nbytes
+    assert parameters["up"].untyped_storage().nbytes() == 0
     assert experts.odd is parameters["odd"], "30 columns fill no block"
     assert all(value.equal(wanted[name]) and type(value) is Tensor for name, value in experts.state_dict().items())
     packing.undo()
-    assert dict(experts.named_parameters()).items() >= parameters.items()
-    assert experts.up.data_ptr() == address
+    assert all(value is parameters[name] for name, value in experts.named_parameters())
     assert all(value.equal(wanted[name]) for name, value in experts.state_dict().items())
     assert not experts._state_dict_hooks
+
+
+def test_tied_weights_are_packed_once_and_stay_tied(experts: Experts) -> None:
+    other, weight, parameter = Experts(), experts.up.detach().clone(), experts.up
+    other.up = experts.up
+    packing = Packing()
+    packing.pack([experts, other])
+    assert other.up is experts.up
+    packing.undo()
+    assert experts.up is other.up is parameter
+    assert parameter.equal(weight)
+
+
+def test_weights_that_were_cast_since_are_left_as_they_are(experts: Experts) -> None:
+    weight = experts.up.detach().float()
+    packing = Packing()
+    packing.pack([experts])
+    experts.float()
+    packing.undo()
+    assert experts.up.equal(weight)
+
+
+def test_an_interruption_loses_nothing(experts: Experts, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = Experts()
+    wanted = {name: value.clone() for name, value in (experts.state_dict() | {"second": second.up}).items()}
+    packing, made = Packing(), packed._blocks_of
+    calls: list[Tensor] = []
+
+    def interrupted(weight: Tensor) -> Tensor:
+        calls.append(weight)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return made(weight)
+
+    monkeypatch.setattr(packed, "_blocks_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        packing.pack([experts, second])
+    packing.undo()
+    found = experts.state_dict() | {"second": second.up}
+    assert all(value.equal(wanted[name]) for name, value in found.items())
 
 
 def test_any_other_operation_sees_the_weight_itself(experts: Experts) -> None:
