@@ -153,7 +153,7 @@ def measure_loss(
                 tuner = Tuner(partial(_measure, objective, bounds), tolerance=0.003)
                 best = tuner.reach(skip)
                 if best is None:
-                    continue
+                    raise SystemExit(f"{skip:.0%} cannot be skipped with slack {slack:g}: leave one of them out.")
                 with counting_experts(model) as read:
                     found = objective.evaluate(bounds * best.scale)
                 modes_fx.set_plan(model, replace(plan, rule=RULE, tables=slack_tables(layers, experts, 0.0)), skip)

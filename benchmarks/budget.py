@@ -28,6 +28,7 @@ from modes_fx.calib import Objective, layer_importance, search
 from modes_fx.demo import load, make_batches, make_samples
 from modes_fx.demo.data import IGNORED, Sample
 from modes_fx.demo.run import Size
+from modes_fx.files import write_atomically
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import SkipPlan
 
@@ -55,7 +56,7 @@ def main() -> None:
     headers = ["inputs", "target", "thresholds", "skipped", "distance", "deviation", "KL, nats", "ms"]
     print(tabulate([row.values() for row in rows], headers=headers, floatfmt=("", "", "", ".3f", ".3f", ".3f", ".1e", ".1f")))
     if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_atomically(options.json, json.dumps(rows, indent=2) + "\n")
 
 
 def searched_plan(model: Any, processor: Any, targets: Sequence[float], path: Path | None) -> SkipPlan:

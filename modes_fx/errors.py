@@ -37,6 +37,12 @@ class ModelError(ModesFxError, ValueError):
     """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
 
 
+def in_a_line(error: Exception) -> str:
+    """Return an error's type and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def no_compiler(error: Exception) -> CompilerError:
     """Describe a missing C++ compiler and what to do about it."""
     return CompilerError(

@@ -247,7 +247,7 @@ class SkipPlan:
             points, frontier = _points(content["points"]), _points(content["frontier"])
             alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
             weights = tuple(tuple(tuple(map(float, values)) for values in row) for row in content["weights"])
-            tables = content["tables"] and _tuples(content["tables"])
+            tables = content["tables"] and strict_json.tuples(content["tables"])
             read: dict[str, Any] = {"points": points, "frontier": frontier, "alpha": alpha or None}
             read |= {"layers": tuple(content["layers"]), "weights": weights, "tables": tables}
             return cls(**read, **{item.name: content[item.name] for item in fields(cls) if item.name not in read})
@@ -301,10 +301,6 @@ def _bound(tau: float, alpha: float, gamma: float) -> float:
         return 0.0
     scale = alpha**gamma  # 0.0 ** 0.0 is 1: without importance, alpha = 0 counts like any other
     return tau / scale if scale > 0 else math.inf
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def _points(content: Sequence[Mapping[str, Any]]) -> tuple[PlanPoint, ...]:

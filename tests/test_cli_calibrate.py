@@ -189,6 +189,13 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(folder: Pat
     assert result.output.split("directory")[0].rstrip(" │\n").endswith("is a")  # wrapped in a box as wide as the terminal
 
 
+@pytest.mark.parametrize("command", ["calibrate", "search", "compare"])
+def test_an_output_below_a_file_is_refused_before_any_work(folder: Path, command: str) -> None:
+    result = run(command, CHECKPOINT, "--data", folder / "nothing", "--out", folder / "data.jsonl" / "new" / "out")
+    assert result.exit_code == 2
+    assert "cannot be written" in " ".join(result.output.replace("│", " ").split())
+
+
 def test_the_user_sets_the_share_of_bad_samples(folder: Path, tmp_path: Path) -> None:
     rows = (folder / "data.jsonl").read_text().splitlines()[:3]
     (tmp_path / "data.jsonl").write_text("\n".join([*rows, '{"image": "none.png", "question": "q", "answer": "a"}']) + "\n")

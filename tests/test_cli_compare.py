@@ -9,6 +9,7 @@ import pytest
 
 from modes_fx.cli import compare
 from modes_fx.compare import CONTENDERS, Comparison, Row
+from modes_fx.compare.rows import short_names
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from tests.command import run
@@ -20,7 +21,7 @@ SMALL = ("--grid-size", "3", "--targets", "0.5", "0.9", "--rules", "naee_top2", 
 
 @pytest.fixture(autouse=True)
 def _little_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "_DEMO_DATA", {"calibration": 1, "test": 1})
+    monkeypatch.setattr("modes_fx.cli.shared._DEMO_IMAGES", {"calibration": 1, "test": 1})
     monkeypatch.setattr("modes_fx.page.closeup.choose", lambda samples: samples[:2])
     monkeypatch.setenv("COLUMNS", "120")
 
@@ -41,7 +42,6 @@ def test_two_models_make_a_table_of_means_and_three_files(tmp_path: Path) -> Non
     assert page.text.count("unskipped") == 2 + 1  # a card a sample, and the level that rules are held against
     assert "threshold only at 90% of demo" in page.whole
     facts = json.loads((tmp_path / "compare.json").read_text())
-    assert facts["ablation"] == ["threshold"]
     assert [(row["rule"], row["target"], row["models"]) for row in facts["rows"]] == [
         ("naee_top2", 0.5, 2), ("naee_top2", 0.9, 2), ("threshold", 0.5, 2), ("threshold", 0.9, 2),
     ]  # fmt: skip
@@ -60,7 +60,34 @@ def test_data_is_asked_for_and_one_architecture(tmp_path: Path) -> None:
         run("compare", CHECKPOINT, "--out", tmp_path)
     with pytest.raises(ModelError, match="demo, demo: a model is given twice"):
         run("compare", "demo", "demo", "--out", tmp_path, *SMALL)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text((CHECKPOINT / "config.json").read_text().replace('"rope_theta": ', '"rope_theta": 1'))
+    with pytest.raises(ModelError, match="other is of another architecture than demo"):  # found by configs: it has no weights
+        run("compare", "demo", other, "--out", tmp_path, *SMALL)
+    with pytest.raises(ModelError, match="nowhere"):
+        run("compare", "demo", tmp_path / "nowhere", "--out", tmp_path, *SMALL)
     assert not (tmp_path / "compare.json").exists()
+
+
+def test_a_page_that_cannot_be_made_costs_nothing_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such [/colour]")
+
+    monkeypatch.setattr("modes_fx.compare.output.write_comparison_page", broken)
+    monkeypatch.setattr("modes_fx.page.closeup.look_closely", broken)
+    command = ("compare", "demo", "--out", tmp_path, "--rules", "naee_top2", "--targets", "5e-1", "--samples", "3")
+    with pytest.raises(ValueError, match="no such"):
+        run(*command, "--test-samples", "5")
+    facts = json.loads((tmp_path / "compare.json").read_text())
+    assert [model["samples"] for model in facts["models"].values()] == [5]
+    assert (tmp_path / "compare.csv").exists()
+
+
+def test_names_are_as_short_as_tells_models_apart() -> None:
+    assert short_names(["demo", "out/seed1"]) == {"demo": "demo", "out/seed1": "seed1"}
+    found = short_names(["runs/0/checkpoint", "runs/1/checkpoint", "org/model"])
+    assert list(found.values()) == ["0/checkpoint", "1/checkpoint", "org/model"]
 
 
 def test_what_was_timed_has_a_table_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ class Limits:
         self._attention_width = heads if self._layers[0].layer is not self._layers[0].block else 0
 
     def __call__(self, routing: Sequence[Routing], kept: Sequence[torch.Tensor], context: int = 0) -> Limit:
-        """Return the limit of one forward.
+        """Return the limit of one forward; attention counts as full and causal, also where a model's has a window.
 
         Args:
             routing: Of each MoE layer.

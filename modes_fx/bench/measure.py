@@ -14,7 +14,7 @@ from torch import Tensor
 from modes_fx.bench.machine import Limit
 from modes_fx.bench.settings import Contender, S
 from modes_fx.compare.speed import RECOMPILE_LIMIT
-from modes_fx.errors import ModesFxError
+from modes_fx.errors import ModesFxError, in_a_line
 from modes_fx.modality import token_modality
 from modes_fx.optimize import stats
 from modes_fx.timing import in_turn
@@ -174,7 +174,7 @@ def _warm_up(work: Work, contender: Contender, failed: dict[str, str]) -> bool:
     except Exception as error:  # whatever stock code or a compiler raises: the setting is none that users have
         if contender.kind == "ours" or contender.name == f"stock {S}":
             raise
-        failed[contender.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        failed[f"{contender.name} ({work.part}, {work.phase} of T {work.tokens})"] = in_a_line(error)
         return False
     return True
 

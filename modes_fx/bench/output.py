@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -131,22 +132,26 @@ def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
 
 
-def plot(bench: Bench, options: Options) -> bytes:
-    """Draw times against stock's best by number of tokens, and the growth where it was measured, as SVG.
+def check_plot(options: Options) -> None:
+    """See that what is to be measured can be drawn.
 
     Raises:
-        ModesFxError: Matplotlib is not installed, or there is nothing to draw.
+        ModesFxError: Matplotlib is not installed, or there will be nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ModesFxError("Plots need matplotlib: pip install 'modes-fx[viz]'.") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModesFxError("Plots need matplotlib: pip install 'modes-fx[viz]'.")
+    if not {"block", "growth"} & set(options.parts):
+        raise ModesFxError("A plot shows the parts block and growth, and neither is to be measured. Add one to --parts.")
+
+
+def plot(bench: Bench, options: Options) -> bytes:
+    """Draw times against stock's best by number of tokens, and the growth where it was measured, as SVG; see ``check_plot``."""
+    from matplotlib.figure import Figure
+
     blocks = {machine.threads: [row for row in bench.rows if row.part == "block" and row.threads == machine.threads]
               for machine in bench.machines}  # fmt: skip
     panels = [threads for threads, rows in blocks.items() if rows]
     grown = growth(bench.rows, options)
-    if not panels and not grown:
-        raise ModesFxError("A plot shows the parts block and growth; neither was measured. Add one to --parts.")
     count = len(panels) + bool(grown)
     figure = Figure(figsize=(5.0 * count, 4.2), layout="constrained")
     axes = list(figure.subplots(1, count, squeeze=False)[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -65,10 +65,12 @@ class Options:
     def __post_init__(self) -> None:
         if unknown := set(self.parts) - set(PARTS):
             raise ModesFxError(f"Unknown part {sorted(unknown)[0]!r} of the benchmark; known: {', '.join(PARTS)}.")
+        if self.skew not in get_args(Skew):
+            raise ModesFxError(f"Unknown skew {self.skew!r}; known: {', '.join(get_args(Skew))}.")
         if any(not 0 <= skip < 1 for skip in self.skips):
             raise ModesFxError(f"Skip ratios are in [0, 1), got {', '.join(map(str, self.skips))}.")
-        if any(count < 1 for count in (*self.tokens, *self.threads)):
-            raise ModesFxError("Numbers of tokens and of threads are 1 or more.")
+        if not self.threads or any(count < 1 for count in (*self.tokens, *self.threads, self.rounds)):
+            raise ModesFxError("Numbers of tokens, threads and rounds are 1 or more.")
 
 
 @dataclass

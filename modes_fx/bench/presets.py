@@ -1,4 +1,4 @@
-"""Shapes of well-known models' language models, as configs of transformers; all but the number of layers as published."""
+"""Shapes of well-known models' language models, as configs of transformers; each layer as published."""
 
 from __future__ import annotations
 

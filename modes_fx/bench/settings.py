@@ -14,7 +14,7 @@ from torch import nn
 from modes_fx.bench import peer
 from modes_fx.bench.models import Routing
 from modes_fx.compare.speed import Setting, stock_twin
-from modes_fx.errors import ModelError
+from modes_fx.errors import ModelError, in_a_line
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
 from modes_fx.regions import Region
@@ -23,12 +23,15 @@ Kind = Literal["stock", "peer", "ours"]
 
 S = Setting("grouped_mm")  # the setting that transformers itself takes
 
-# The loop over experts, compiled, breaks into graphs by expert; dynamo gives up on it and little is compiled.
 BLOCK_SETTINGS = (
     S, Setting("grouped_mm", "moe"), Setting("eager"), Setting("eager", "moe"), Setting("batched_mm"),
     Setting("batched_mm", "moe"),
 )  # fmt: skip
-LAYER_SETTINGS = (S, Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"), Setting("eager"), Setting("batched_mm"))
+# Of layers not the loop compiled: it breaks into graphs by expert, and compiling them takes minutes.
+LAYER_SETTINGS = (
+    S, Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"), Setting("eager"), Setting("batched_mm"),
+    Setting("batched_mm", "moe"), Setting("batched_mm", "layer"),
+)  # fmt: skip
 _MOST_BATCHED = 8  # tokens: batched_mm copies each pair's weights
 
 
@@ -39,7 +42,7 @@ class Contender:
     Attributes:
         name: As rows show it.
         kind: Whose it is.
-        model: What runs; it shares its weights with all others.
+        model: What runs; it shares its weights with all others, unless it holds packed ones.
         skip: Ratio of pairs that its thresholds are to skip.
         taus: Thresholds on the dispatched weights of (text, visual) tokens; None keeps all pairs.
     """
@@ -79,10 +82,16 @@ class Twins:
 
     def peer(self) -> list[Contender]:
         """Return vLLM's kernel, if it runs here; it skips nothing."""
-        if peer.NAME not in self._made and (why := peer.why_not(self.model)):
-            self.failed[peer.NAME] = why
-            return []
-        return [Contender(peer.NAME, "peer", self._twin(peer.NAME, self._with_peer))]
+        if peer.NAME not in self._made and peer.NAME not in self.failed:
+            why = peer.why_not(self.model)
+            try:
+                if not why:
+                    self._twin(peer.NAME, self._with_peer)
+            except RuntimeError as error:  # operations of another release, or weights that they do not take
+                why = in_a_line(error)
+            if why:
+                self.failed[peer.NAME] = why
+        return [Contender(peer.NAME, "peer", self._made[peer.NAME])] if peer.NAME in self._made else []
 
     def ours(self, taus: Mapping[float, tuple[float, float] | None], region: Region = "moe") -> list[Contender]:
         """Return modes-fx at each skip ratio."""

@@ -80,7 +80,7 @@ def _open(path: Path, about: dict[str, Any]) -> dict[Key, dict[str, Any]]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
-        if b"\n" not in content and b'{"journal"'.startswith(content[:10]):  # new, or its very first line is torn
+        if _line(header).startswith(content.rstrip(b"\0")) and b"\n" not in content:  # new, or its very first line is torn
             path.write_bytes(b"")
             _append(path, header)
             return {}
@@ -135,8 +135,12 @@ def _add(path: Path, line: dict[str, Any]) -> None:
         ) from error
 
 
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
 def _append(path: Path, line: dict[str, Any]) -> None:
     with path.open("ab") as file:
-        file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        file.write(_line(line))
         file.flush()
         os.fsync(file.fileno())

@@ -7,8 +7,8 @@ from typing import Annotated, cast
 
 import typer
 
+from modes_fx.cli.shared import output_file
 from modes_fx.cli.terminal import Bars, be_quiet, console
-from modes_fx.errors import ModesFxError
 
 
 def bench(
@@ -27,10 +27,8 @@ def bench(
     skew: Annotated[str, typer.Option(help="How unevenly routers choose: uniform or zipf.")] = "uniform",
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; decode steps are timed three times as often.")] = 7,
     limit: Annotated[float, typer.Option(min=0, help="Seconds for each row of token counts, once it has three rounds.")] = 40,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, writable=True, help="File for all that was measured.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="File for a plot, SVG.")] = None,
+    json_file: Annotated[Path | None, output_file("File for all that was measured.", "--json")] = None,
+    plot: Annotated[Path | None, output_file("File for a plot, SVG.")] = None,
 ) -> None:
     """Time layers of a well-known shape with random weights: stock, modes-fx and, if installed, vLLM's CPU kernel, in turn."""
     import torch
@@ -41,8 +39,6 @@ def bench(
     from modes_fx.files import write_atomically
 
     be_quiet()
-    if skew not in ("uniform", "zipf"):
-        raise ModesFxError(f"Unknown skew {skew!r}; known: uniform, zipf.")
     options = Options(
         preset=preset, parts=parts, tokens=tokens, skips=skip, layers=layers, prompt=prompt, cache=cache, growth_to=growth_to,
         skew=cast(Skew, skew), rounds=rounds, limit_s=limit, threads=threads or (torch.get_num_threads(),),
@@ -52,6 +48,9 @@ def bench(
         if json_file is not None:
             write_atomically(json_file, strict_json.dumps(output.facts(found, options)))
 
+    if plot is not None:
+        output.check_plot(options)
+    keep(Bench())  # a file that cannot be written is known before anything is measured
     with Bars() as bars:
         found = run(options, bars, keep)
     keep(found)

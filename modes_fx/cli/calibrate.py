@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 import typer
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from modes_fx.cli import shared
@@ -16,9 +17,7 @@ from modes_fx.cli.terminal import console
 def calibrate(
     model: shared.ModelArgument,
     data: shared.DataOption = None,
-    out: Annotated[
-        Path, typer.Option(dir_okay=False, writable=True, help="JSON file for the importance of each layer.")
-    ] = Path("importance.json"),
+    out: Annotated[Path, shared.output_file("JSON file for the importance of each layer.")] = Path("importance.json"),
     data_format: shared.FormatOption = None,
     split: shared.SplitOption = None,
     samples: shared.SamplesOption = 1024,
@@ -59,6 +58,6 @@ def calibrate(
         console.print(table)
         console.print(
             f"{importance.answer_tokens} answer tokens, {importance.forwards:.1f} forwards over the data, "
-            f"{importance.seconds:.0f} s. Written to [bold]{out}[/]",
+            f"{importance.seconds:.0f} s. Written to {escape(str(out))}",
             highlight=False,
         )

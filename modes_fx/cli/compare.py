@@ -10,21 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
-from modes_fx.errors import CalibrationError, ModelError
+from modes_fx.errors import CalibrationError, ModelError, in_a_line
 from modes_fx.loading import DEMO
 
 if TYPE_CHECKING:
-    from modes_fx.calib.objective import Batch
     from modes_fx.compare import Comparison, Row
-    from modes_fx.data import Sample
     from modes_fx.plan import SkipPlan
 
-_DEMO_DATA = {"calibration": 12, "test": 64}  # images of each split
-_QUESTIONS = 8  # of each
 _SAMPLES = 1024
 
 
@@ -42,9 +39,7 @@ def compare(
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
     rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
-    out: Annotated[
-        Path, typer.Option(file_okay=False, writable=True, help="Folder for compare.html, compare.json and compare.csv.")
-    ] = Path("out/compare"),
+    out: Annotated[Path, shared.output_folder("Folder for compare.html, compare.json and compare.csv.")] = Path("out/compare"),
     importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality, where pairs are searched.")] = 24,
     tolerance: Annotated[float, typer.Option(min=0.0, help="How far above its target a skip ratio may be.")] = 0.005,
@@ -73,7 +68,7 @@ def compare(
     from modes_fx.compare import CONTENDERS
     from modes_fx.compare import compare as run
     from modes_fx.compare.output import mean_rows, write
-    from modes_fx.demo import as_data, make_batches, make_samples
+    from modes_fx.compare.rows import short_names
     from modes_fx.page.closeup import Closeup, look_closely
 
     built_in = data == DEMO or (data is None and DEMO in models)
@@ -84,49 +79,39 @@ def compare(
         raise CalibrationError(f"{', '.join(named)} would be ignored: the demo's built-in data are used. Pass --data too.")
     if len(set(models)) < len(models):
         raise ModelError(f"{', '.join(models)}: a model is given twice. Name each once.")
+    tune_on = None if built_in or data is None else Path(data)
     sources = (
-        shared.Source(Path(str(data)), data_format, split, samples or _SAMPLES, seed, max_bad),
-        shared.Source(cast(Path, test_data), data_format, test_split, test_samples or _SAMPLES, seed, max_bad),
+        shared.Source(tune_on, data_format, split, samples or _SAMPLES, seed, max_bad),
+        shared.Source(test_data, data_format, test_split, test_samples or _SAMPLES, seed, max_bad, "test"),
     )
+    _check_one_architecture(models, trust_remote_code)
+    shared.say_without_figures()
+    names = short_names(models)
     found: dict[str, Comparison] = {}
     closeups: list[Closeup] = []
     hashes: dict[str, str] = {}
-    kinds = set()
     with shared.session() as bars:
         for name in models:
             network, processor = shared.load_model(
                 name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
             )
-            kinds.add(_kind(network))
-            if len(kinds) > 1:
-                raise ModelError(f"{name} is of another architecture than {models[0]}: they have no mean.")
-            tune: Sequence[Batch]
-            test: Sequence[Batch]
-            if built_in:
-                images = {
-                    part: -(-number // _QUESTIONS) if number else _DEMO_DATA[part]
-                    for part, number in (("calibration", samples), ("test", test_samples))
-                }
-                tune, test = (make_batches(part, n, processor, batch_size, seed) for part, n in images.items())
-                asked: Sequence[Sample] = as_data(make_samples("test", images["test"], seed))
-            else:
-                tune = shared.load_batches(network, processor, sources[0], batch_size)
-                asked = shared.load_samples(sources[1])
-                test = shared.load_batches(network, processor, asked, batch_size)
+            tune = shared.load_batches(network, processor, sources[0], batch_size)
+            asked = shared.load_samples(sources[1])
+            test = shared.load_batches(network, processor, asked, batch_size)
             hashes = {"calibration": data_hash(tune), "test": data_hash(test)}
 
-            def look(model: Any, plan: SkipPlan, *about: Any, data: Any = (processor, test, asked), name: str = name) -> None:
-                step = partial(bars, f"{Path(name).name}: samples to show")
+            def look(model: Any, plan: SkipPlan, data: Any = (processor, test, asked), name: str = names[name]) -> None:
+                step = partial(bars, f"{name}: samples to show")
                 try:
                     closeups.append(look_closely(model, plan, *data, on_step=step))
                 except Exception as error:  # whatever a model's generate() raises: hours of measuring are not lost for pictures
-                    console.print(f"[yellow]No samples to show[/]: {type(error).__name__}: {error}")
+                    console.print(f"[yellow]No samples to show[/]: {escape(in_a_line(error))}")
 
             found[name] = run(
                 network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
                 grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed, journal=journal,
                 look=look if name == models[0] else None,
-                progress=lambda part, done, total, name=name: bars(f"{Path(name).name}: {part}", done, total),
+                progress=lambda part, done, total, name=names[name]: bars(f"{name}: {part}", done, total),
             )  # fmt: skip
         settings = {
             "models": models, "targets": list(targets), "importance_mode": importance_mode, "grid_size": grid_size,
@@ -136,10 +121,22 @@ def compare(
     _print(mean_rows(found), found, [str(path) for path in paths])
 
 
-def _kind(network: Any) -> tuple[str, str]:
+def _check_one_architecture(models: Sequence[str], trust_remote_code: bool) -> None:
+    """Compare configs before any model is measured.
+
+    Raises:
+        ModelError: A model is missing, or of another architecture than the first.
+    """
+    from modes_fx.demo import CHECKPOINT
+    from modes_fx.meta_model import read_config
     from modes_fx.plan import config_hash
 
-    return type(network).__name__, config_hash(network.config)
+    hashes: dict[str, str] = {}
+    for name in models if len(models) > 1 else ():
+        config = read_config(CHECKPOINT if name == DEMO else name, trust_remote_code=trust_remote_code)
+        hashes[name] = config_hash(config)
+        if hashes[name] != hashes[models[0]]:
+            raise ModelError(f"{name} is of another architecture than {models[0]}: they have no mean.")
 
 
 def _print(rows: Sequence[Row], found: Mapping[str, Comparison], paths: Sequence[str]) -> None:
@@ -174,7 +171,7 @@ def _print(rows: Sequence[Row], found: Mapping[str, Comparison], paths: Sequence
     console.print(
         "KL: nats an answer token. flips: answer tokens whose likeliest token changes. retained: score / unskipped score."
     )
-    console.print(f"Written to [bold]{'[/] and [bold]'.join(paths)}[/]", highlight=False)
+    console.print(f"Written to {' and '.join(paths)}", highlight=False, markup=False)
 
 
 _HEADINGS = ("rule", "skipped", "text", "vision", "KL", "flips", "score", "retained")
@@ -209,6 +206,8 @@ _PARTS = {
 
 
 def _print_speed(rows: Sequence[Row], found: Mapping[str, Comparison]) -> None:
+    from modes_fx.compare.rows import short_names
+
     if not rows:
         return
     title = "Times as fast as stock's fastest setting, and what generation skipped.\nIn brackets: least and most of the rounds"
@@ -220,11 +219,11 @@ def _print_speed(rows: Sequence[Row], found: Mapping[str, Comparison]) -> None:
         cells = (cell for phase in row.speed for cell in (_times(row, phase), skipped[phase]))
         table.add_row(row.title, f"{row.target:.1%}", *cells)
     console.print(table)
-    for name, each in found.items():
+    for name, each in zip(short_names(found).values(), found.values(), strict=True):
         if each.stock:
             times = each.stock["stock_ms"]
             bars = (f"{phase} {bar}, {times[bar][phase]:.1f} ms" for phase, bar in each.stock["fastest"].items())
-            console.print(f"Stock's fastest of {len(times)} settings, {Path(name).name}: {'; '.join(bars)} a token.")
+            console.print(f"Stock's fastest of {len(times)} settings, {name}: {'; '.join(bars)} a token.")
 
 
 def _times(row: Row, phase: str) -> str:

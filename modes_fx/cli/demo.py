@@ -7,15 +7,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
+from modes_fx.cli.shared import output_folder, say_without_figures
 from modes_fx.cli.terminal import Bars, be_quiet, console
 
 
 def demo(
-    out: Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the plan and the report.")] = Path(
-        "out/demo"
-    ),
+    out: Annotated[Path, output_folder("Folder for the plan and the report.")] = Path("out/demo"),
     checkpoint: Annotated[
         Path | None, typer.Option(help="Another checkpoint of the demo's kind; none takes the embedded one.")
     ] = None,
@@ -26,6 +26,7 @@ def demo(
     from modes_fx.demo.run import Size, run_demo
 
     be_quiet()
+    say_without_figures()
     size = Size(calibration_images=4, held_out_images=2, test_images=8, grid_size=6, rounds=2) if quick else Size()
     with Bars() as bars:
         facts = run_demo(lambda: load(folder=checkpoint), out, size=size, progress=bars)
@@ -71,5 +72,5 @@ def _print_demo(facts: dict[str, Any], out: Path) -> None:
     setup = speed["setup"]
     console.print(
         f"Stock, prefill ms and decode ms a token: {stock}. Batch {setup['batch']}, {setup['prompt_tokens']} tokens, "
-        f"{setup['threads']} threads, {setup['cpu']}.\nWritten to [bold]{out}[/]: plan.json, report.json and report.html"
+        f"{setup['threads']} threads, {setup['cpu']}.\nWritten to {escape(str(out))}: plan.json, report.json and report.html"
     )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from modes_fx.cli import shared
+from modes_fx.cli.shared import output_file
 from modes_fx.cli.terminal import be_quiet, console
 
 
@@ -15,7 +16,7 @@ def import_reference(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a config.json, or the id of a hub model.")],
     importance: Annotated[Path, typer.Option(help="The reference's importance of each layer: torch.save or pickle.")],
     tau: Annotated[Path, typer.Option(help="The reference's thresholds: torch.save or pickle.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, writable=True, help="File for the plan.")] = Path("plan.json"),
+    out: Annotated[Path, output_file("File for the plan.")] = Path("plan.json"),
     normalized_on_load: Annotated[
         bool, typer.Option("--normalized-on-load", help="The thresholds are meant for importances made to sum to 1.")
     ] = False,

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
+from rich.markup import escape
 from rich.table import Table
 
 from modes_fx.cli import shared
@@ -29,7 +30,7 @@ def search(
     model: shared.ModelArgument,
     data: shared.DataOption = None,
     importance: Annotated[Path, typer.Option(help="What `modes-fx calibrate` wrote.")] = Path("importance.json"),
-    out: Annotated[Path, typer.Option(dir_okay=False, writable=True, help="File for the plan.")] = Path("plan.json"),
+    out: Annotated[Path, shared.output_file("File for the plan.")] = Path("plan.json"),
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.75, 0.875],  # noqa: B006
     gammas: Annotated[list[float], typer.Option(help="Exponents of the importance to try.")] = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality.")] = 24,
@@ -106,7 +107,7 @@ def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
         )
     console.print(
         f"{facts['evaluations']} evaluations ({facts['from_journal']} from the journal) instead of {facts['exhaustive']}, "
-        f"{facts['seconds']:.0f} s. Written to [bold]{out}[/]",
+        f"{facts['seconds']:.0f} s. Written to {escape(str(out))}",
         highlight=False,
     )
 

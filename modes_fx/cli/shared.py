@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import importlib.util
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,14 +42,29 @@ DeviceMapOption = Annotated[
     typer.Option(help="Spread the model over devices, such as auto; left out, each process has it on its own device."),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
-JournalOption = Annotated[
-    Path | None,
-    typer.Option(
-        dir_okay=False, writable=True, help="File to keep each measurement in; a run that was cut off goes on from it."
-    ),
-]
+_DEMO_IMAGES = {"calibration": 12, "test": 64}  # as `modes-fx demo` takes, with 8 questions each
 
-_DEMO_IMAGES = 12  # as `modes-fx demo` takes, with 8 questions each
+
+def _writable(path: Path | None) -> Path | None:
+    """Refuse an output that could not be written once hours of work are done; typer looks at those that exist alone."""
+    if path is not None:
+        folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if folder != path.absolute() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise typer.BadParameter(f"{path} cannot be written: {folder} is no folder that can. Name another place.")
+    return path
+
+
+def output_file(help: str, *names: str) -> Any:
+    """Return an option that names a file to write."""
+    return typer.Option(*names, dir_okay=False, writable=True, callback=_writable, help=help)
+
+
+def output_folder(help: str) -> Any:
+    """Return an option that names a folder to write to."""
+    return typer.Option(file_okay=False, writable=True, callback=_writable, help=help)
+
+
+JournalOption = Annotated[Path | None, output_file("File to keep each measurement in; a run that was cut off goes on from it.")]
 
 
 class SeveralValues(typer.core.TyperCommand):
@@ -70,7 +86,10 @@ class SeveralValues(typer.core.TyperCommand):
 
 
 def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d*\.?\d+", text) is not None
+    try:
+        return float(text) >= 0
+    except ValueError:
+        return False
 
 
 def _is_name(text: str) -> bool:
@@ -92,6 +111,7 @@ class Source:
         samples: How many to draw.
         seed: Of the draw.
         max_bad: Share of them that may be unusable.
+        part: Of the demo's own data, ``"calibration"`` or ``"test"``, where there is no path.
     """
 
     path: Path | None
@@ -100,6 +120,7 @@ class Source:
     samples: int
     seed: int
     max_bad: float
+    part: str = "calibration"
 
     def load(self) -> Samples:
         """Draw the samples.
@@ -116,11 +137,11 @@ class Source:
         )
 
     def _of_the_demo(self) -> Samples:
-        from modes_fx.data import LoadReport, Sample, Samples
-        from modes_fx.demo import make_samples
+        from modes_fx.data import LoadReport, Samples
+        from modes_fx.demo import as_data, make_samples
 
-        drawn = make_samples("calibration", _DEMO_IMAGES, self.seed)
-        chosen = [Sample(str(i), each.question, each.answer, (each.image,)) for i, each in enumerate(drawn[: self.samples])]
+        drawn = make_samples(self.part, _DEMO_IMAGES[self.part], self.seed)
+        chosen = as_data(drawn[: self.samples])
         return Samples(chosen, LoadReport(DEMO, "built in", len(drawn), len(chosen), {}, ()))
 
 
@@ -137,6 +158,12 @@ def check_data(model: str, source: Source) -> None:
     for option, value in (("--data-format", source.format), ("--split", source.split)):
         if value is not None:
             raise CalibrationError(f"{option} would be ignored: the demo's built-in data are used. Pass --data too.")
+
+
+def say_without_figures() -> None:
+    """Say it before hours of work if pages will lack their figures."""
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("Pages will have no figures: these need matplotlib (pip install 'modes-fx[viz]').", markup=False)
 
 
 @contextmanager

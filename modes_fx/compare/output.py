@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from modes_fx import strict_json
-from modes_fx.compare.contenders import ABLATION
 from modes_fx.compare.page import write_comparison_page
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
@@ -38,17 +37,15 @@ def write(
     facts = {
         "settings": dict(settings),
         "rows": [asdict(row) for row in means],
-        "ablation": [name for name in ABLATION if any(row.rule == name for row in means)],
         "models": {name: asdict(each) for name, each in comparisons.items()},
     }
     lines = [{"model": name, **row.flat()} for name, each in comparisons.items() for row in each.rows]
     if len(comparisons) > 1:
         lines += [{"model": "mean", **row.flat()} for row in means]
-    return (
-        write_comparison_page(facts, closeup, out / "compare.html"),
-        write_atomically(out / "compare.json", strict_json.dumps(facts)),
-        write_atomically(out / "compare.csv", _as_csv(lines)),
-    )
+    # The page last: what was measured is safe by then.
+    data = write_atomically(out / "compare.json", strict_json.dumps(facts))
+    table = write_atomically(out / "compare.csv", _as_csv(lines))
+    return write_comparison_page(facts, closeup, out / "compare.html"), data, table
 
 
 def _as_csv(lines: Sequence[Mapping[str, Any]]) -> str:

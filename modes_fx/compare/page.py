@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modes_fx.compare import page_tables
+from modes_fx.compare.rows import short_names
 from modes_fx.page import charts
 from modes_fx.page.closeup import Closeup
 from modes_fx.page.document import section, write_page
@@ -55,7 +56,7 @@ def write_comparison_page(facts: Facts, closeup: Closeup | None, path: Path) -> 
 
 def _subtitle(facts: Facts) -> str:
     models, samples = facts["models"], next(iter(facts["models"].values()))["samples"]
-    names = ", ".join(Path(name).name for name in models)
+    names = ", ".join(short_names(models).values())
     several = f"mean of {len(models)} models ({names})" if len(models) > 1 else names
     rules = len({row["rule"] for row in facts["rows"]})
     return f"{several}: {rules} rule{'s' * (rules > 1)} at equal skip ratios, on {samples:,} test samples."
@@ -176,8 +177,9 @@ def _samples(facts: Facts, closeup: Closeup | None) -> list[str]:
 
 def _shown(facts: Facts) -> str:
     first_name, first = next(iter(facts["models"].items()))
+    names = short_names(facts["models"])
     row = max((row for row in first["rows"] if row["rule"] == first["own"] and row["metrics"]), key=lambda row: row["target"])
-    of = f" of {Path(first_name).name}" if len(facts["models"]) > 1 else ""
+    of = f" of {names[first_name]}" if len(facts["models"]) > 1 else ""
     return f"{page_tables.name_of(row)} at {target(row['target'])}{of}"
 
 
@@ -198,7 +200,9 @@ def _measured(facts: Facts) -> list[str]:
             if name in settings
         },
         "Data, hashes": dict(settings.get("data_hash", {})),
-        "Unskipped score": {Path(name).name: percent(model["unskipped"]["score"]) for name, model in facts["models"].items()},
+        "Unskipped score": {
+            short: percent(facts["models"][name]["unskipped"]["score"]) for name, short in short_names(facts["models"]).items()
+        },
         "Stock's fastest": next(iter(facts["models"].values()))["stock"].get("fastest", {}),
         "Versions": {name.replace("_", "-"): value for name, value in settings.get("versions", {}).items()},
     }  # fmt: skip

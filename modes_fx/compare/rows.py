@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ from modes_fx.compare.intervals import Interval, mean_interval, ratio_interval
 from modes_fx.compare.samples import SampleScores
 
 METRICS = ("kl", "flips", "score", "retained")
+
+
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """Return, for each model's folder or id, as few of its last parts as tell it from the others."""
+    parts = {model: Path(model).parts or (model,) for model in models}
+    longest = max(map(len, parts.values()))
+    for count in range(1, longest + 1):
+        found = {model: "/".join(each[-count:]) for model, each in parts.items()}
+        if len(set(found.values())) == len(found):
+            break
+    return found
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, get_args
 
+import torch
 from torch import nn
 
 from modes_fx import strict_json
@@ -28,6 +29,7 @@ from modes_fx.compare.tuning import Tuned, Tuner
 from modes_fx.errors import CalibrationError, UnreachableError
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
+from modes_fx.timing import cpu_name
 
 TARGETS = (0.5, 0.67, 0.75, 0.83, 0.88)
 
@@ -78,7 +80,7 @@ def compare(
     seed: int = 0,
     timed: bool = False,
     journal: str | os.PathLike[str] | None = None,
-    look: Callable[[nn.Module, SkipPlan, Row], None] | None = None,
+    look: Callable[[nn.Module, SkipPlan], None] | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare rules at equal skip ratios, each compiled into the model and really skipping.
@@ -99,7 +101,7 @@ def compare(
         timed: Whether to time each row against stock transformers' fastest setting.
         journal: File that each measurement is written to as it is made, and read from: a comparison that was cut off goes on
             where it stopped. It may serve several models and sets of data, each of which finds its own.
-        look: Called with the optimised model, and the plan and the row of ``own_rule`` at the largest target that it reaches.
+        look: Called with the optimised model, and the plan of ``own_rule`` at the largest target that it reaches.
         progress: Told of each step.
 
     Raises:
@@ -166,18 +168,25 @@ class _Match:
         self.stock: dict[str, Any] = {}
         self.unskipped: SampleScores | None = None
         self.own = ""
-        self.look: Callable[[nn.Module, SkipPlan, Row], None] | None = None
+        self.look: Callable[[nn.Module, SkipPlan], None] | None = None
         self.layers: tuple[str, ...] = ()
         self.trials: dict[str, tuple[Mapping[str, float], ...]] = {}
 
+    @property
+    def machine(self) -> tuple[str, str, int]:
+        """What times depend on besides model and data."""
+        device = next(self.model.parameters()).device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        return device.type, name, torch.get_num_threads()
+
     def prepare_timing(self) -> None:
         """Choose the stock settings that rows are timed against; before the model is optimised."""
-        known = self.records.get(("stock",))
+        known = self.records.get(("stock", *self.machine))
         step = self._step("stock settings timed")
         self.stopwatch = Stopwatch(self.model, self.test[0], known and known["fastest"], on_step=step)
         self.stock = known or {"fastest": self.stopwatch.chosen, **self.stopwatch.facts}
         if known is None:
-            self.records.add(("stock",), strict_json.plain(self.stock))
+            self.records.add(("stock", *self.machine), strict_json.plain(self.stock))
         self.stock = strict_json.numbers(self.stock)
 
     def calibrate(self, chosen: Iterable[Contender], mode: Mode) -> Calibrated:
@@ -202,7 +211,7 @@ class _Match:
         key = ("statistics", int(similarity))
         known = self.records.get(key)
         if known is not None:
-            return RoutingStatistics(**{name: _tuples(values) for name, values in known.items()})
+            return RoutingStatistics(**{name: strict_json.tuples(values) for name, values in known.items()})
         self._tell("statistics of the routing", 0, 1)
         found = routing_statistics(self.model, self.calibration, similarity=similarity)
         self.records.add(key, asdict(found))
@@ -218,13 +227,13 @@ class _Match:
         rows: dict[str, list[Row]] = {name: [] for name in chosen}
         total = len(chosen) * len(self.targets)
         for name, one in chosen.items():
-            best: tuple[SkipPlan, Row] | None = None
+            best: SkipPlan | None = None
             for target, (tuned, plan, largest) in zip(self.targets, self._tune(name, one, data, known), strict=True):
-                rows[name].append(row := self._row(name, one, target, tuned, plan, largest, data))
-                best = best if plan is None else (plan, row)
+                rows[name].append(self._row(name, one, target, tuned, plan, largest, data))
+                best = plan or best
                 self._tell(f"compare: {rule}", sum(map(len, rows.values())), total)
             if name == self.own and self.look is not None and best is not None:
-                self.look(self.model, *best)
+                self.look(self.model, best)
         return rows
 
     def _tune(
@@ -300,7 +309,7 @@ class _Match:
     def _speed(self, name: str, plan: SkipPlan) -> Speed | None:
         if self.stopwatch is None:
             return None
-        key = ("speed", plan.rule, name, *identity(plan))
+        key = ("speed", *self.machine, plan.rule, name, *identity(plan))
         known = self.records.get(key)
         if known is None:
             set_plan(self.model, plan)
@@ -312,7 +321,3 @@ class _Match:
 
     def _step(self, part: str) -> Any:
         return lambda done, total: self._tell(part, done, total)
-
-
-def _tuples(values: Any) -> Any:
-    return tuple(map(_tuples, values)) if isinstance(values, list | tuple) else values

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modes_fx.calib.objective import IGNORED, Batch
-from modes_fx.errors import CalibrationError
+from modes_fx.errors import CalibrationError, in_a_line
 from modes_fx.optimize import is_optimized, stats
 from modes_fx.regions import find_moe_layers
 from modes_fx.timing import in_turn
@@ -53,7 +53,8 @@ class Setting:
         return f"{self.experts or 'as loaded'}{what[self.compiled]}"
 
 
-# Not the loop compiled: it asks the device which experts have tokens, so that dynamo makes graphs by expert and by length.
+# Not batched_mm, which copies weights for each pair: a long prompt's do not fit into memory. Not the loop compiled: it asks the
+# device which experts have tokens, so that dynamo makes graphs by expert and by length.
 SETTINGS = (Setting("eager"), Setting("grouped_mm"), Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"))
 
 
@@ -87,7 +88,7 @@ class Stopwatch:
     Attributes:
         chosen: The bar's setting in each phase, as text.
         facts: ``stock_ms``: each setting's medians by phase, ms and ms a token; ``failed``: why those not there do not run;
-            and the prompts' ``batch`` and ``prompt_tokens``.
+            the prompts' ``batch`` and ``prompt_tokens``; and ``threads``.
 
     Raises:
         CalibrationError: No stock setting runs.
@@ -114,6 +115,9 @@ class Stopwatch:
             self.facts["failed"] = failed
             chosen = {phase: min(medians, key=lambda name: _or_last(medians[name][phase])) for phase in PHASES}
         self.chosen = dict(chosen)
+        if missing := set(self.chosen.values()) - twins.keys():
+            reasons = "; ".join(f"{name}: {failed.get(name, 'no setting of this model')}" for name in sorted(missing))
+            raise CalibrationError(f"A setting of stock that times were compared with does not run any more: {reasons}.")
         self._stock = {name: self._runner(twins[name]) for name in dict.fromkeys(self.chosen.values())}
 
     def __call__(self, model: nn.Module) -> Speed:
@@ -140,7 +144,7 @@ class Stopwatch:
                     self._run(twin, stock=True)
                 twins[str(setting)] = twin
             except Exception as error:  # whatever a model's code or a compiler raises: the setting is none that users have
-                failed[str(setting)] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                failed[str(setting)] = in_a_line(error)
         if not twins:
             raise CalibrationError(
                 f"No stock setting of {type(model).__name__} generates text, to compare speeds with: {failed}."

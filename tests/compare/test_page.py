@@ -68,7 +68,6 @@ def test_a_whole_comparison_has_every_section(tmp_path: Path, comparison: Compar
     found = page(tmp_path, CLOSEUP, model=comparison)
     places = [found.text.index(name) for name in SECTIONS]
     assert places == sorted(places)
-    assert (tmp_path / "compare.html").is_file()
     assert not any(kind == "missing" for _, name, kind in found.attributes if name == "class")
     for said in ("tempered GMLG + DMT", "GMLG + DMT, γ = 1", "text decode", "γ = 0, not chosen", "✗ a dog", "✓ a <cat>"):
         assert said in found.text
