@@ -4,6 +4,12 @@
 // Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packing. Threads share the columns of every
 // expert evenly, whatever the routing, and none writes where another does.
 
+#include <ATen/Parallel.h>
+#include <ATen/ops/_grouped_mm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +19,9 @@
 #endif
 
 namespace {
+
+using at::BFloat16;
+using at::Tensor;
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define MODES_FX_AVX512
@@ -28,36 +37,28 @@ constexpr int64_t kChunk = 192;         // rows of one expert that stay in the L
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kBytes)));
-struct bfloat16 { uint16_t bits; };
-
-inline float to_float(float value) { return value; }
-inline float to_float(bfloat16 value) {
-  uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-inline void store(float* to, float value) { *to = value; }
-inline void store(bfloat16* to, float value) {  // to the nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  to->bits = nan ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
 
 inline Vec load(const void* from) {
   Vec result;
   std::memcpy(&result, from, kBytes);
   return result;
 }
-inline void multiply_add(Vec& sum, Vec a, Vec b, float) { sum += a * b; }
-inline void multiply_add(Vec& sum, Vec a, Vec b, bfloat16) {  // two products a lane
+inline void multiply_add(Vec& sum, Vec a, Vec b, float) {
+#if defined(MODES_FX_AVX512)
+  sum = (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+  sum = (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+  sum += a * b;
+#endif
+}
+inline void multiply_add(Vec& sum, Vec a, Vec b, BFloat16) {  // two products a lane
 #if defined(MODES_FX_AVX512) && defined(__AVX512BF16__)
   sum = (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
   Bits x = (Bits)a, y = (Bits)b;
-  sum += (Vec)(x << 16) * (Vec)(y << 16);
-  sum += (Vec)(x & 0xffff0000u) * (Vec)(y & 0xffff0000u);
+  multiply_add(sum, (Vec)(x << 16), (Vec)(y << 16), float{});
+  multiply_add(sum, (Vec)(x & 0xffff0000u), (Vec)(y & 0xffff0000u), float{});
 #endif
 }
 
@@ -90,9 +91,9 @@ inline void tile(const T* const* rows, const T* weight, int64_t stride, int64_t 
   for (; d + step <= inner; d += step) {
     Vec columns[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) {
-      columns[j] = load(weight + j * stride + d);
       // Of a tile to come: each row of weights may lie in a page of its own, where the hardware does not look ahead.
       __builtin_prefetch(weight + (j + 2 * COLUMNS) * stride + d, 0, 2);
+      columns[j] = load(weight + j * stride + d);
     }
     for (int i = 0; i < ROWS; ++i) {
       Vec row = load(rows[i] + d);
@@ -102,19 +103,7 @@ inline void tile(const T* const* rows, const T* weight, int64_t stride, int64_t 
   for (int i = 0; i < ROWS; ++i) {
     sums_of<COLUMNS>(sum[i], out[i]);
     for (int64_t rest = d; rest < inner; ++rest)
-      for (int j = 0; j < COLUMNS; ++j) out[i][j] += to_float(rows[i][rest]) * to_float(weight[j * stride + rest]);
-  }
-}
-
-template <typename T, int COLUMNS>
-inline void tile_of(int count, const T* const* rows, const T* weight, int64_t stride, int64_t inner, float (*out)[kColumns]) {
-  switch (count) {
-    case 1: return tile<T, 1, COLUMNS>(rows, weight, stride, inner, out);
-    case 2: return tile<T, 2, COLUMNS>(rows, weight, stride, inner, out);
-    case 3: return tile<T, 3, COLUMNS>(rows, weight, stride, inner, out);
-    case 4: return tile<T, 4, COLUMNS>(rows, weight, stride, inner, out);
-    case 5: return tile<T, 5, COLUMNS>(rows, weight, stride, inner, out);
-    default: return tile<T, 6, COLUMNS>(rows, weight, stride, inner, out);
+      for (int j = 0; j < COLUMNS; ++j) out[i][j] += float(rows[i][rest]) * float(weight[j * stride + rest]);
   }
 }
 
@@ -127,28 +116,48 @@ struct Experts {
   // Call take(r, n, values, count) for the products of row r with columns n, n + 1, ...
   template <typename Take>
   void run(int64_t begin, int64_t end, const T* const* rows, const Take& take) const {
-    float out[kRows][kColumns];
     for (int64_t e = 0; e < experts; ++e) {
       for (int64_t first = offsets[e]; first < offsets[e + 1]; first += kChunk) {
         int64_t count = std::min(offsets[e + 1] - first, kChunk), blocks = (count + kRows - 1) / kRows;
-        for (int64_t n = begin; n < end;) {
-          int width = end - n >= kColumns ? kColumns : 1;
-          const T* column = weight + e * expert_stride + n * column_stride;
+        int64_t width = blocks == 1 ? end - begin : kColumns;  // that all blocks share while it is in the L1 cache
+        for (int64_t n = begin; n < end; n += width) {
           for (int64_t block = 0; block < blocks; ++block) {  // of nearly equal height
             int64_t low = first + count * block / blocks, high = first + count * (block + 1) / blocks;
-            int height = int(high - low);
-            if (width == kColumns) tile_of<T, kColumns>(height, rows + low, column, column_stride, inner, out);
-            else tile_of<T, 1>(height, rows + low, column, column_stride, inner, out);
-            for (int i = 0; i < height; ++i) take(low + i, n, out[i], width);
+            strip(int(high - low), e, low, n, std::min(n + width, end), rows, take);
           }
-          n += width;
         }
       }
     }
   }
 
   template <typename Take>
-  void share(int threads, const T* const* rows, const Take& take) const {
+  void strip(int height, int64_t e, int64_t low, int64_t n, int64_t end, const T* const* rows, const Take& take) const {
+    switch (height) {
+      case 1: return strip_of<1>(e, low, n, end, rows, take);
+      case 2: return strip_of<2>(e, low, n, end, rows, take);
+      case 3: return strip_of<3>(e, low, n, end, rows, take);
+      case 4: return strip_of<4>(e, low, n, end, rows, take);
+      case 5: return strip_of<5>(e, low, n, end, rows, take);
+      default: return strip_of<6>(e, low, n, end, rows, take);
+    }
+  }
+
+  template <int ROWS, typename Take>
+  void strip_of(int64_t e, int64_t low, int64_t n, int64_t end, const T* const* rows, const Take& take) const {
+    float out[ROWS][kColumns];
+    while (n < end) {
+      int count = end - n >= kColumns ? kColumns : 1;
+      const T* column = weight + e * expert_stride + n * column_stride;
+      if (count == kColumns) tile<T, ROWS, kColumns>(rows + low, column, column_stride, inner, out);
+      else tile<T, ROWS, 1>(rows + low, column, column_stride, inner, out);
+      for (int i = 0; i < ROWS; ++i) take(low + i, n, out[i], count);
+      n += count;
+    }
+  }
+
+  template <typename Take>
+  void share(const T* const* rows, const Take& take) const {
+    int threads = at::get_num_threads();
     int64_t tiles = (columns + kColumns - 1) / kColumns;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int part = 0; part < threads; ++part)
@@ -158,60 +167,120 @@ struct Experts {
 };
 
 template <typename T>
-void linear(const T* x, int64_t x_stride, const int64_t* pairs, int64_t top_k, Experts<T> experts, T* out, int threads) {
+Experts<T> experts_of(const Tensor& weight, const Tensor& offsets) {
+  return {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), weight.size(0),
+          weight.size(1),             weight.size(2),   offsets.const_data_ptr<int64_t>()};
+}
+
+template <typename T>
+void multiply_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const Experts<T>& experts, T* out) {
   std::vector<const T*> rows(experts.offsets[experts.experts]);
-  for (size_t r = 0; r < rows.size(); ++r) rows[r] = x + (pairs ? pairs[r] / top_k : int64_t(r)) * x_stride;
-  experts.share(threads, rows.data(), [=](int64_t r, int64_t n, const float* values, int count) {
-    for (int j = 0; j < count; ++j) store(out + r * experts.columns + n + j, values[j]);
+  for (size_t r = 0; r < rows.size(); ++r)
+    rows[r] = x.const_data_ptr<T>() + (pairs ? pairs[r] / top_k : int64_t(r)) * x.stride(0);
+  experts.share(rows.data(), [=, columns = experts.columns](int64_t r, int64_t n, const float* values, int count) {
+    for (int j = 0; j < count; ++j) out[r * columns + n + j] = T(values[j]);
   });
 }
 
 template <typename T>
-void combine(const T* x, int64_t x_stride, const int64_t* pairs, int64_t top_k, const float* weights, Experts<T> experts,
-             float* out, int threads) {
+void combine_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const float* weights, const Experts<T>& experts,
+                  float* out) {
   std::vector<const T*> rows(experts.offsets[experts.experts]);
   std::vector<float*> tokens(rows.size());
   for (size_t r = 0; r < rows.size(); ++r) {
-    rows[r] = x + r * x_stride;
+    rows[r] = x.const_data_ptr<T>() + r * x.stride(0);
     tokens[r] = out + pairs[r] / top_k * experts.columns;
   }
-  experts.share(threads, rows.data(), [=, tokens = tokens.data()](int64_t r, int64_t n, const float* values, int count) {
+  experts.share(rows.data(), [=, tokens = tokens.data()](int64_t r, int64_t n, const float* values, int count) {
     for (int j = 0; j < count; ++j) tokens[r][n + j] += weights[r] * values[j];
   });
 }
 
+// AMX wants weights packed, which these kernels do not do: from so many rows an expert, on average, oneDNN packs as it goes.
+#if defined(__AMX_BF16__)
+constexpr int64_t kRowsForMatrixUnits = 16;
+bool suits_matrix_units(const Tensor& x, int64_t rows, int64_t experts) {
+  return x.scalar_type() == at::kBFloat16 && rows >= kRowsForMatrixUnits * experts;
+}
+#else
+bool suits_matrix_units(const Tensor&, int64_t, int64_t) { return false; }
+#endif
+Tensor grouped_mm(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
+  return at::_grouped_mm(x, weight.transpose(1, 2), offsets.slice(0, 1).to(at::kInt));
+}
+
+Tensor along_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
+
+void check(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
+  TORCH_CHECK(x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2), "x [rows, D] and weight [E, N, D] do not fit");
+  TORCH_CHECK(weight.stride(2) == 1 || weight.size(2) == 1, "weight does not lie along its last dimension");
+  TORCH_CHECK(offsets.scalar_type() == at::kLong && offsets.numel() == weight.size(0) + 1, "offsets are int64 [E + 1]");
+}
+
+template <typename Run>
+void for_dtype(const Tensor& x, const Run& run) {
+  if (x.scalar_type() == at::kFloat) return run(float{});
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "experts are computed in float32 and bfloat16, not in ", x.scalar_type());
+  run(BFloat16{});
+}
+
+std::tuple<Tensor, Tensor> sort_pairs(const Tensor& keep, const Tensor& expert_ids, int64_t num_experts) {
+  Tensor kept = keep.contiguous(), ids = expert_ids.to(at::kLong).contiguous();
+  Tensor offsets = at::empty({num_experts + 1}, ids.options());
+  const bool* is_kept = kept.const_data_ptr<bool>();
+  const int64_t* expert = ids.const_data_ptr<int64_t>();
+  int64_t* next = offsets.mutable_data_ptr<int64_t>();
+  std::fill(next, next + num_experts + 1, 0);
+  for (int64_t pair = 0; pair < ids.numel(); ++pair) {
+    if (!is_kept[pair]) continue;
+    TORCH_CHECK_INDEX(uint64_t(expert[pair]) < uint64_t(num_experts), "A router chose an expert outside of 0 to ",
+                      num_experts - 1, ".");
+    ++next[expert[pair] + 1];
+  }
+  for (int64_t e = 0; e < num_experts; ++e) next[e + 1] += next[e];
+  Tensor pairs = at::empty({next[num_experts]}, ids.options());
+  int64_t* to = pairs.mutable_data_ptr<int64_t>();
+  for (int64_t pair = 0; pair < ids.numel(); ++pair)
+    if (is_kept[pair]) to[next[expert[pair]]++] = pair;
+  std::copy_backward(next, next + num_experts, next + num_experts + 1);  // each has moved to its expert's end
+  next[0] = 0;
+  return {pairs, offsets};
+}
+
+Tensor linear(const Tensor& x, const std::optional<Tensor>& pairs, int64_t top_k, const Tensor& weight, const Tensor& offsets) {
+  check(x, weight, offsets);
+  int64_t rows = (pairs ? *pairs : x).size(0);
+  if (rows && suits_matrix_units(x, rows, weight.size(0)))
+    return grouped_mm(pairs ? x.index_select(0, pairs->floor_divide(top_k)) : x, weight, offsets);
+  Tensor given = along_rows(x), out = at::empty({rows, weight.size(1)}, x.options());
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t* pair = pairs ? pairs->const_data_ptr<int64_t>() : nullptr;
+    multiply_rows<T>(given, pair, top_k, experts_of<T>(weight, offsets), out.mutable_data_ptr<T>());
+  });
+  return out;
+}
+
+Tensor linear_combine(const Tensor& x, const Tensor& pairs, int64_t top_k, const Tensor& row_weights, const Tensor& weight,
+                      const Tensor& offsets, int64_t tokens) {
+  check(x, weight, offsets);
+  Tensor out = at::zeros({tokens, weight.size(1)}, x.options().dtype(at::kFloat));
+  if (x.size(0) && suits_matrix_units(x, x.size(0), weight.size(0)))
+    return out.index_add_(0, pairs.floor_divide(top_k),
+                          grouped_mm(x, weight, offsets).to(at::kFloat).mul_(row_weights.unsqueeze(1)));
+  Tensor given = along_rows(x), weights = row_weights.contiguous();
+  for_dtype(x, [&](auto zero) {
+    using T = decltype(zero);
+    combine_rows<T>(given, pairs.const_data_ptr<int64_t>(), top_k, weights.const_data_ptr<float>(), experts_of<T>(weight, offsets),
+               out.mutable_data_ptr<float>());
+  });
+  return out;
+}
+
 }  // namespace
 
-#define MODES_FX_EXPORT extern "C" __attribute__((visibility("default")))
-#define MODES_FX_FOR(NAME, T)                                                                                                    \
-  MODES_FX_EXPORT void modes_fx_linear_##NAME(const T* x, int64_t x_stride, const int64_t* pairs, int64_t top_k, const T* weight, \
-      int64_t expert_stride, int64_t column_stride, const int64_t* offsets, int64_t experts, int64_t columns, int64_t inner,     \
-      T* out, int threads) {                                                                                                     \
-    linear<T>(x, x_stride, pairs, top_k, {weight, expert_stride, column_stride, experts, columns, inner, offsets}, out, threads); \
-  }                                                                                                                              \
-  MODES_FX_EXPORT void modes_fx_combine_##NAME(const T* x, int64_t x_stride, const int64_t* pairs, int64_t top_k,                \
-      const float* weights, const T* weight, int64_t expert_stride, int64_t column_stride, const int64_t* offsets,               \
-      int64_t experts, int64_t columns, int64_t inner, float* out, int threads) {                                                \
-    combine<T>(x, x_stride, pairs, top_k, weights,                                                                               \
-               {weight, expert_stride, column_stride, experts, columns, inner, offsets}, out, threads);                          \
-  }
-MODES_FX_FOR(float32, float)
-MODES_FX_FOR(bfloat16, bfloat16)
-
-// Sort kept pairs by expert, in their own order within an expert; return how many there are, or -1 if some has no expert in
-// [0, experts). `offsets`: [E + 1].
-MODES_FX_EXPORT int64_t modes_fx_sort_pairs(const bool* keep, const int64_t* expert_ids, int64_t total, int64_t experts,
-                                            int64_t* pairs, int64_t* offsets) {
-  std::fill(offsets, offsets + experts + 1, 0);
-  for (int64_t pair = 0; pair < total; ++pair) {
-    if (!keep[pair]) continue;
-    if (uint64_t(expert_ids[pair]) >= uint64_t(experts)) return -1;
-    ++offsets[expert_ids[pair] + 1];
-  }
-  for (int64_t e = 0; e < experts; ++e) offsets[e + 1] += offsets[e];
-  for (int64_t pair = 0; pair < total; ++pair)
-    if (keep[pair]) pairs[offsets[expert_ids[pair]]++] = pair;
-  std::copy_backward(offsets, offsets + experts, offsets + experts + 1);  // each has moved to its expert's end
-  offsets[0] = 0;
-  return offsets[experts];
+TORCH_LIBRARY_IMPL(modes_fx, CPU, library) {
+  library.impl("sort_pairs", sort_pairs);
+  library.impl("linear", linear);
+  library.impl("linear_combine", linear_combine);
 }

@@ -1,7 +1,11 @@
 // As in experts.cpp, over weights packed for oneDNN's matrix kernels, which use the CPU's matrix units (AMX) or bfloat16 dot
 // products: [E, N / 32, D / 2, 32, 2], that is, for 32 columns at a time, pairs of consecutive values of D.
 
+#include <ATen/Parallel.h>
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -11,6 +15,7 @@
 namespace {
 
 using at::BFloat16;
+using at::Tensor;
 constexpr int64_t kColumns = 32, kRows = 64;
 
 struct Experts {
@@ -39,7 +44,8 @@ struct Experts {
   }
 
   template <typename RowOf, typename Take>
-  void share(int threads, const RowOf& row_of, const Take& take) const {
+  void share(const RowOf& row_of, const Take& take) const {
+    int threads = at::get_num_threads();
     int64_t tiles = columns / kColumns;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int part = 0; part < threads; ++part)
@@ -47,28 +53,53 @@ struct Experts {
   }
 };
 
-}  // namespace
-
-#define MODES_FX_EXPORT extern "C" __attribute__((visibility("default")))
-
-MODES_FX_EXPORT void modes_fx_linear_packed(const BFloat16* x, int64_t x_stride, const int64_t* pairs, int64_t top_k,
-                                            const BFloat16* weight, const int64_t* offsets, int64_t experts, int64_t columns,
-                                            int64_t inner, BFloat16* out, int threads) {
-  Experts{weight, experts, columns, inner, offsets}.share(
-      threads, [=](int64_t r) { return x + (pairs ? pairs[r] / top_k : r) * x_stride; },
-      [=](int64_t r, int64_t n, const float* values) {
-        BFloat16* to = out + r * columns + n;
-        for (int64_t j = 0; j < kColumns; ++j) to[j] = values[j];
-      });
+Experts experts_of(const Tensor& x, const Tensor& blocks, const Tensor& offsets) {
+  TORCH_CHECK(x.dim() == 2 && blocks.dim() == 5 && x.size(1) == 2 * blocks.size(2), "x [rows, D] and blocks do not fit");
+  TORCH_CHECK(blocks.is_contiguous() && blocks.size(3) == kColumns && blocks.size(4) == 2, "blocks are [E, N / 32, D / 2, 32, 2]");
+  TORCH_CHECK(offsets.scalar_type() == at::kLong && offsets.numel() == blocks.size(0) + 1, "offsets are int64 [E + 1]");
+  return {blocks.const_data_ptr<BFloat16>(), blocks.size(0), blocks.size(1) * kColumns, 2 * blocks.size(2),
+          offsets.const_data_ptr<int64_t>()};
 }
 
-MODES_FX_EXPORT void modes_fx_combine_packed(const BFloat16* x, int64_t x_stride, const int64_t* pairs, int64_t top_k,
-                                             const float* weights, const BFloat16* weight, const int64_t* offsets,
-                                             int64_t experts, int64_t columns, int64_t inner, float* out, int threads) {
-  Experts{weight, experts, columns, inner, offsets}.share(
-      threads, [=](int64_t r) { return x + r * x_stride; },
-      [=](int64_t r, int64_t n, const float* values) {
-        float* token = out + pairs[r] / top_k * columns + n;
-        for (int64_t j = 0; j < kColumns; ++j) token[j] += weights[r] * values[j];
-      });
+Tensor along_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
+
+Tensor linear_packed(const Tensor& x, const std::optional<Tensor>& pairs, int64_t top_k, const Tensor& blocks,
+                     const Tensor& offsets) {
+  Experts experts = experts_of(x, blocks, offsets);
+  int64_t columns = experts.columns;
+  Tensor given = along_rows(x), out = at::empty({(pairs ? *pairs : x).size(0), columns}, x.options());
+  const BFloat16* from = given.const_data_ptr<BFloat16>();
+  const int64_t* pair = pairs ? pairs->const_data_ptr<int64_t>() : nullptr;
+  BFloat16* rows = out.mutable_data_ptr<BFloat16>();
+  experts.share([=, stride = given.stride(0)](int64_t r) { return from + (pair ? pair[r] / top_k : r) * stride; },
+                [=](int64_t r, int64_t n, const float* values) {
+                  BFloat16* to = rows + r * columns + n;
+                  for (int64_t j = 0; j < kColumns; ++j) to[j] = values[j];
+                });
+  return out;
+}
+
+Tensor linear_combine_packed(const Tensor& x, const Tensor& pairs, int64_t top_k, const Tensor& row_weights,
+                             const Tensor& blocks, const Tensor& offsets, int64_t tokens) {
+  Experts experts = experts_of(x, blocks, offsets);
+  int64_t columns = experts.columns;
+  Tensor given = along_rows(x), scales = row_weights.contiguous();
+  Tensor out = at::zeros({tokens, columns}, x.options().dtype(at::kFloat));
+  const BFloat16* from = given.const_data_ptr<BFloat16>();
+  const float* weights = scales.const_data_ptr<float>();
+  const int64_t* pair = pairs.const_data_ptr<int64_t>();
+  float* totals = out.mutable_data_ptr<float>();
+  experts.share([=, stride = given.stride(0)](int64_t r) { return from + r * stride; },
+                [=](int64_t r, int64_t n, const float* values) {
+                  float* token = totals + pair[r] / top_k * columns + n;
+                  for (int64_t j = 0; j < kColumns; ++j) token[j] += weights[r] * values[j];
+                });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(modes_fx, CPU, library) {
+  library.impl("linear_packed", linear_packed);
+  library.impl("linear_combine_packed", linear_combine_packed);
 }

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from modes_fx.kernels.library import DTYPES
+from modes_fx.kernels.ops import DTYPES
 from modes_fx.kernels.packed import PackedWeight
 from modes_fx.passes.compact import add_rows
 from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
@@ -48,7 +48,7 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
         if is_traceable_wrapper_subclass(value) and not isinstance(value, PackedWeight):
             return f"weights stored as {type(value).__name__}"
         dtypes = {item.meta["example_value"].dtype for item in (rows, weight)}
-        if len(dtypes) > 1 or not dtypes <= DTYPES.keys() or argument(gemm, 3, "bias") is not None:
+        if len(dtypes) > 1 or not dtypes <= DTYPES or argument(gemm, 3, "bias") is not None:
             return f"GEMMs of {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     return ""
 

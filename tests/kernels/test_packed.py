@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 import modes_fx
 from modes_fx.errors import ModelError
-from modes_fx.kernels import ops, packed
+from modes_fx.kernels import packed
 from modes_fx.kernels.packed import PackedWeight, Packing
 from tests import harness, tiny
 from tests.kernels.test_ops import assert_close, randn, routing
 
+ops = torch.ops.modes_fx
 pytestmark = pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="oneDNN's bfloat16 kernels need AVX-512")
 
 
