@@ -104,9 +104,10 @@ def optimize(
         mode: Inductor's, as for ``torch.compile``, such as ``"reduce-overhead"``.
         dynamic: As for ``torch.compile``: whether sizes may vary from the first graph on. None: from their first change on.
         options: Inductor's settings, as for ``torch.compile``; they go before the mode's.
-        prepack: Whether to pack the experts' bfloat16 weights for oneDNN's matrix kernels, which use AMX; one by one, in the
-            place of the originals. ``state_dict`` and ``save_pretrained`` give the weights as they were, and ``restore``
-            puts them back; until then other models cannot share them, and they cannot be changed.
+        prepack: Whether to pack the experts' bfloat16 weights for oneDNN's matrix kernels, which use AMX, and to turn weights
+            that are stored transposed along the dimension in which kernels read; one by one, in the place of the originals.
+            ``state_dict`` and ``save_pretrained`` give the weights as they were, and ``restore`` puts them back; until then
+            other models cannot share packed ones, and they cannot be changed.
 
     Returns:
         The same model.

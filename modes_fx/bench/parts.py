@@ -18,13 +18,14 @@ from modes_fx.bench.measure import Row, Work, phase_of, time_work
 from modes_fx.bench.models import Skew, block_of, build, draw, popularity, route
 from modes_fx.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, Contender, Twins, thresholds
 from modes_fx.errors import ModesFxError
-from modes_fx.regions import find_moe_layers
+from modes_fx.regions import Region, find_moe_layers
 
 PARTS = ("block", "layers", "growth", "overhead")
 GROWTH_SKIPS = (0.0, 0.5, 0.75, 0.88, 0.95)
 
 _VISUAL = 0.75  # of a prompt's tokens
 _PREFILL_SKIP, _DECODE_SKIP = 0.88, 0.5
+_WIDER: tuple[Region, ...] = ("layer", "model")
 _CALIBRATION = 4096  # tokens that thresholds are taken from
 _OTHERS = 10_000  # seeds of inputs that are not timed
 _FLUSH_BYTES = 256 * 2**20
@@ -169,9 +170,10 @@ class _Run:
             ("decode", 1, _DECODE_SKIP, torch.zeros(1, 1, dtype=torch.int64), decode, self.options.cache),
         ):
             taus = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, skip))
+            attentions = (None, "eager") if phase == "decode" else (None,)
             contenders = [
-                *twins.stock(LAYER_SETTINGS, tokens), *twins.peer(), *twins.ours(taus), *twins.ours(taus, region="layer"),
-                *twins.packed(taus),
+                *twins.stock(LAYER_SETTINGS, tokens), *twins.peer(), *twins.ours(taus), *twins.packed(taus),
+                *(each for how in attentions for region in _WIDER for each in twins.ours(taus, region, how)),
             ]  # fmt: skip
             limit = self._limit(self.stack, arguments, ids, machine, context)
             work = Work("layers", phase, tokens, ids, arguments, limit)  # type: ignore[arg-type]

@@ -27,12 +27,14 @@ BLOCK_SETTINGS = (
     S, Setting("grouped_mm", "moe"), Setting("eager"), Setting("eager", "moe"), Setting("batched_mm"),
     Setting("batched_mm", "moe"),
 )  # fmt: skip
-# Of layers not the loop compiled: it breaks into graphs by expert, and compiling them takes minutes.
+# Of layers not the loop compiled: it breaks into graphs by expert, and compiling them takes minutes. Eager attention is slower
+# on its own, but a compiler fuses what it does for one token.
 LAYER_SETTINGS = (
-    S, Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"), Setting("eager"), Setting("batched_mm"),
-    Setting("batched_mm", "moe"), Setting("batched_mm", "layer"),
+    S, Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"), Setting("grouped_mm", "model"), Setting("eager"),
+    Setting("batched_mm"), Setting("batched_mm", "moe"), Setting("batched_mm", "layer"), Setting("batched_mm", "model"),
+    Setting("batched_mm", "layer", "eager"), Setting("batched_mm", "model", "eager"),
 )  # fmt: skip
-_MOST_BATCHED = 8  # tokens: batched_mm copies each pair's weights
+_FEW = 8  # tokens: batched_mm copies each pair's weights, eager attention holds all scores
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Twins:
 
     def stock(self, settings: Sequence[Setting], tokens: int) -> list[Contender]:
         """Return stock in those settings that can take so many tokens."""
-        fitting = [setting for setting in settings if setting.experts != "batched_mm" or tokens <= _MOST_BATCHED]
+        fitting = [each for each in settings if tokens <= _FEW or (each.experts != "batched_mm" and each.attention is None)]
         twins = {str(each): self._twin(str(each), partial(stock_twin, self.model, each)) for each in fitting}
         return [Contender(f"stock {name}", "stock", twin) for name, twin in twins.items()]
 
@@ -93,10 +95,14 @@ class Twins:
                 self.failed[peer.NAME] = why
         return [Contender(peer.NAME, "peer", self._made[peer.NAME])] if peer.NAME in self._made else []
 
-    def ours(self, taus: Mapping[float, tuple[float, float] | None], region: Region = "moe") -> list[Contender]:
+    def ours(
+        self, taus: Mapping[float, tuple[float, float] | None], region: Region = "moe", attention: str | None = None
+    ) -> list[Contender]:
         """Return modes-fx at each skip ratio."""
         name = "modes-fx" if region == "moe" else f'modes-fx, region="{region}"'
-        model = self._twin(name, lambda: optimize(stock_twin(self.model, S), region=region))
+        name += f", {attention} attention" if attention else ""
+        setting = Setting(S.experts, attention=attention)
+        model = self._twin(name, lambda: optimize(stock_twin(self.model, setting), region=region))
         return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
 
     def packed(self, taus: Mapping[float, tuple[float, float] | None]) -> list[Contender]:

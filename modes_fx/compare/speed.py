@@ -14,7 +14,7 @@ import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from modes_fx.calib.objective import IGNORED, Batch
 from modes_fx.errors import CalibrationError, in_a_line
 from modes_fx.optimize import is_optimized, stats
-from modes_fx.regions import find_moe_layers
+from modes_fx.regions import Region, find_moe_layers
 from modes_fx.timing import in_turn
 
 PHASES = ("prefill", "decode")
@@ -43,19 +43,26 @@ class Setting:
     Attributes:
         experts: Implementation of its experts; None: as the model was loaded.
         compiled: What of it ``torch.compile`` compiles, each in place.
+        attention: Implementation of its attention; None: as the model was loaded.
     """
 
     experts: str | None = None
-    compiled: Literal["moe", "layer"] | None = None
+    compiled: Region | None = None
+    attention: str | None = None
 
     def __str__(self) -> str:
-        what = {None: "", "moe": ", MoE blocks compiled", "layer": ", decoder layers compiled"}
-        return f"{self.experts or 'as loaded'}{what[self.compiled]}"
+        compiled = {"moe": "MoE blocks", "layer": "decoder layers", "model": "all layers as one"}
+        what = f", {compiled[self.compiled]} compiled" if self.compiled else ""
+        attention = f", {self.attention} attention" if self.attention else ""
+        return f"{self.experts or 'as loaded'}{what}{attention}"
 
 
 # Not batched_mm, which copies weights for each pair: a long prompt's do not fit into memory. Not the loop compiled: it asks the
 # device which experts have tokens, so that dynamo makes graphs by expert and by length.
-SETTINGS = (Setting("eager"), Setting("grouped_mm"), Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"))
+SETTINGS = (
+    Setting("eager"), Setting("grouped_mm"), Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"),
+    Setting("grouped_mm", "model"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,8 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
     twin: Any = copy.deepcopy(model, shared)
     if setting.experts is not None:
         twin.set_experts_implementation(setting.experts)
+    if setting.attention is not None:
+        twin.set_attn_implementation(setting.attention)
     if setting.compiled is not None:
         regions = {id(region): region for layer in find_moe_layers(twin) if (region := layer.region(setting.compiled))}
         caller = _own_caller()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modes_fx.compare.speed import Setting, stock_twin
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
-from modes_fx.regions import find_moe_layers
 from modes_fx.timing import cpu_name, in_turn
 
 _NEW_TOKENS = 24
@@ -28,8 +28,8 @@ def time_settings(
 ) -> dict[str, Any]:
     """Time every setting once a round, so that a busy moment of the machine hits all of them alike.
 
-    Stock runs in three settings: transformers' ``grouped_mm`` dispatch, its loop over experts, and its MoE blocks compiled by
-    Inductor (the same region that modes-fx compiles).
+    Stock runs in four settings: transformers' ``grouped_mm`` dispatch, its loop over experts, its MoE blocks compiled by
+    Inductor (the same region that modes-fx compiles), and all its decoder layers as one.
 
     Args:
         load: Returns a fresh model.
@@ -41,19 +41,19 @@ def time_settings(
     Returns:
         ``prefill_ms`` and ``decode_ms_per_token``, each setting's median, and ``setup``.
     """
-    stock, looped, compiled, ours = load(), load(), load(), load()
-    looped.set_experts_implementation("eager")
-    for layer in find_moe_layers(compiled):
-        layer.block.compile()
-    optimize(ours)
+    stock, ours = load(), optimize(load())
+    twins = {
+        "stock": stock,
+        "stock, expert loop": stock_twin(stock, Setting("eager")),
+        "stock, MoE blocks compiled": stock_twin(stock, Setting("grouped_mm", "moe")),
+        "stock, all layers compiled": stock_twin(stock, Setting("grouped_mm", "model")),
+    }
 
     def with_target(target: float | None) -> nn.Module:
         return set_plan(ours, None if target is None else plan, target)
 
     settings: dict[str, Callable[[], nn.Module]] = {
-        "stock": lambda: stock,
-        "stock, expert loop": lambda: looped,
-        "stock compiled": lambda: compiled,
+        **{name: lambda twin=twin: twin for name, twin in twins.items()},  # type: ignore[misc]
         "modes-fx, all kept": lambda: with_target(None),
         **{f"modes-fx at {target:g}": lambda target=target: with_target(target) for target in plan.targets},  # type: ignore[misc]
     }

@@ -1,12 +1,14 @@
-"""Experts' weights packed for the CPU's matrix kernels, in the place of the originals.
+"""Experts' weights laid out for the kernels, in the place of the originals, one weight after the other.
 
-Each weight's memory is given up for its blocks, one weight after the other. A ``PackedWeight`` computes as the weight that it
-stands for: the kernels read its blocks, any other operation unpacks a copy first, and one that would change it is refused.
+Weights [E, N, D] are packed for the CPU's matrix kernels: a weight's memory is given up for its blocks. A ``PackedWeight``
+computes as the weight that it stands for: the kernels read its blocks, any other operation unpacks a copy first, and one that
+would change it is refused. Weights [E, D, N], as some families store them, are turned: they stay what they are, with other
+strides, along D, in which the kernels read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -71,29 +73,34 @@ class PackedWeight(torch.Tensor):
 
 
 class Packing:
-    """Packed weights of a model, and how to put the originals back.
+    """Weights of a model that lie in another way, and how to put the originals back.
 
     Raises:
-        ModelError: ``pack`` was given no weight that can be packed, or this CPU has no use for it.
+        ModelError: ``pack`` was given no weight that it can lay out anew.
     """
 
     def __init__(self) -> None:
         self._packed: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._made: dict[int, nn.Parameter] = {}  # by the original's id: tied weights stay tied
         self._hooks: dict[nn.Module, Any] = {}
+        self._turned: list[nn.Parameter] = []
 
     def pack(self, experts: Sequence[nn.Module]) -> None:
-        """Pack the weights of experts modules; each original parameter is left without memory."""
-        if not torch.cpu._is_avx512_supported():
-            raise ModelError("prepack=True needs a CPU with AVX-512 or AMX. Leave it out: experts are computed all the same.")
+        """Pack or turn the weights of experts modules; a packed one's original parameter is left without memory."""
         for module in experts:
+            transposed = getattr(module, "is_transposed", False)
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) in self._made or _packable(module, parameter):
+                if transposed and _plain(parameter, ops.DTYPES):
+                    parameter.data = parameter.data.mT.contiguous().mT
+                    self._turned.append(parameter)
+                    self._hook(module)
+                elif not transposed and (id(parameter) in self._made or _packable(parameter)):
                     self._pack(module, name, parameter)
-        if not self._packed:
+        if not self._packed and not self._turned:
             raise ModelError(
-                "prepack=True found no weight to pack: it takes bfloat16 weights [E, N, D] in main memory, N a multiple of 32 "
-                "and D of 2. Leave it out: experts are computed all the same."
+                "prepack=True found no weight to pack. It takes weights in main memory: bfloat16 [E, N, D], N a multiple of 32 "
+                "and D of 2, on a CPU with AVX-512 or AMX; or [E, D, N], bfloat16 or float32. Leave it out: experts are "
+                "computed all the same."
             )
 
     def _pack(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -103,8 +110,11 @@ class Packing:
         self._packed.append((module, name, parameter))
         module._parameters[name] = self._made[id(parameter)]
         parameter.data = parameter.data.new_empty(0)  # for its memory; and whoever holds it fails, rather than read it
+        self._hook(module)
+
+    def _hook(self, module: nn.Module) -> None:
         if module not in self._hooks:
-            self._hooks[module] = module.register_state_dict_post_hook(_unpack_entries)
+            self._hooks[module] = module.register_state_dict_post_hook(_as_they_were)
 
     def undo(self) -> None:
         """Put the original parameters back, but for those that were replaced since: by a cast of the model, say."""
@@ -116,7 +126,10 @@ class Packing:
                 if not parameter.numel():
                     parameter.data = current.unpacked()
                 module._parameters[name] = parameter
+        for parameter in self._turned:
+            parameter.data = parameter.data.contiguous()
         self._packed.clear()
+        self._turned.clear()
         self._made.clear()
         self._hooks.clear()
 
@@ -127,14 +140,17 @@ def _blocks_of(weight: Tensor) -> Tensor:
     return blocks.copy_(weight.view(experts, columns // COLUMNS, COLUMNS, inner // 2, 2).transpose(2, 3))
 
 
-def _packable(module: nn.Module, parameter: nn.Parameter) -> bool:
-    if parameter.dim() != 3 or getattr(module, "is_transposed", False) or isinstance(parameter, PackedWeight):
-        return False
-    lies = parameter.is_contiguous() and parameter.device.type == "cpu" and type(parameter) is nn.Parameter
-    return lies and parameter.dtype is torch.bfloat16 and parameter.shape[1] % COLUMNS == 0 and parameter.shape[2] % 2 == 0
+def _packable(parameter: nn.Parameter) -> bool:
+    plain = torch.cpu._is_avx512_supported() and _plain(parameter, {torch.bfloat16})
+    return plain and parameter.shape[1] % COLUMNS == 0 and parameter.shape[2] % 2 == 0
 
 
-def _unpack_entries(module: nn.Module, entries: dict[str, Any], prefix: str, _: Any) -> None:
+def _plain(parameter: nn.Parameter, dtypes: Collection[torch.dtype]) -> bool:
+    is_weight = parameter.dim() == 3 and parameter.dtype in dtypes and type(parameter) is nn.Parameter
+    return is_weight and parameter.is_contiguous() and parameter.device.type == "cpu" and not isinstance(parameter, PackedWeight)
+
+
+def _as_they_were(module: nn.Module, entries: dict[str, Any], prefix: str, _: Any) -> None:
     for name, value in entries.items():
-        if name.startswith(prefix) and isinstance(value, PackedWeight):
-            entries[name] = value.unpacked()
+        if name.startswith(prefix) and isinstance(value, Tensor):
+            entries[name] = value.unpacked() if isinstance(value, PackedWeight) else value.contiguous()

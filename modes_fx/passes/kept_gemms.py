@@ -43,7 +43,7 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     for gemm in gemms:
         rows, weight = input_of(gemm), _stored(gemm)
         if weight is None:
-            return "its weights lie along their outer dimension"
+            return "its weights lie along their outer dimension: optimize(..., prepack=True) turns them"
         value = weight.meta["example_value"]
         if is_traceable_wrapper_subclass(value) and not isinstance(value, PackedWeight):
             return f"weights stored as {type(value).__name__}"
@@ -56,7 +56,8 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
 def kind(graph: fx.Graph, site: RoutingSite) -> str:
     """Return which kernels a site's GEMMs will be."""
     node = {item.name: item for item in graph.nodes}
-    packed = [isinstance(_weight(gemm).meta["example_value"], PackedWeight) for gemm in _gemms(node, site)]
+    weights = [_stored(gemm) for gemm in _gemms(node, site)]
+    packed = [weight is not None and isinstance(weight.meta["example_value"], PackedWeight) for weight in weights]
     return "packed kernels" if all(packed) else "kernels"
 
 
@@ -106,15 +107,24 @@ def _gemms(node: dict[str, fx.Node], site: RoutingSite) -> list[fx.Node]:
 
 
 def _stored(gemm: fx.Node) -> fx.Node | None:
-    """Return the weight [E, N, D] of a GEMM, if that is how it lies in memory."""
-    view = input_of(gemm, 1)
-    if not is_method(view, "transpose") or {argument(view, 1, "dim0") % 3, argument(view, 2, "dim1") % 3} != {1, 2}:
-        return None
-    return input_of(view) if input_of(view).meta["example_value"].stride(2) == 1 else None
+    """Return the weight of a GEMM as it is stored, [E, N, D] or [E, D, N], if it lies along D in memory."""
+    right = input_of(gemm, 1)
+    stored = input_of(right) if _is_transpose(right) else right
+    return stored if stored.meta["example_value"].stride(1 if stored is right else 2) == 1 else None
 
 
 def _weight(gemm: fx.Node) -> fx.Node:
-    return input_of(input_of(gemm, 1))
+    """Return the weight [E, N, D] of a GEMM; one that is stored otherwise gets a view in front of the GEMM."""
+    right = input_of(gemm, 1)
+    return input_of(right) if _is_transpose(right) else Emitter(before=gemm).trace(_transpose, right)[0]
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    return is_method(node, "transpose") and {argument(node, 1, "dim0") % 3, argument(node, 2, "dim1") % 3} == {1, 2}
+
+
+def _transpose(weight: Tensor) -> Tensor:
+    return weight.transpose(1, 2)
 
 
 def _feeds_only(node: fx.Node, gemms: Collection[fx.Node]) -> bool:

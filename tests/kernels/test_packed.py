@@ -24,6 +24,7 @@ class Experts(nn.Module):
         self.up = nn.Parameter(randn(experts, outer, inner, dtype=torch.bfloat16))
         self.odd = nn.Parameter(randn(experts, 30, inner, dtype=torch.bfloat16))
         self.scale = nn.Parameter(torch.ones(3))
+        self.is_transposed = False
 
 
 @pytest.fixture
@@ -94,6 +95,22 @@ def test_tied_weights_are_packed_once_and_stay_tied(experts: Experts) -> None:
     assert parameter.equal(weight)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_stored_transposed_are_turned_and_turned_back(experts: Experts, dtype: torch.dtype) -> None:
+    experts.is_transposed = True
+    experts.to(dtype)
+    wanted, parameters = {name: value.clone() for name, value in experts.state_dict().items()}, dict(experts.named_parameters())
+    packing = Packing()
+    packing.pack([experts])
+    assert experts.up.mT.is_contiguous()
+    assert experts.odd.mT.is_contiguous()
+    assert all(value is parameters[name] for name, value in experts.named_parameters())
+    assert all(value.equal(wanted[name]) and value.is_contiguous() for name, value in experts.state_dict().items())
+    packing.undo()
+    assert all(value.equal(wanted[name]) and value.is_contiguous() for name, value in experts.named_parameters())
+    assert not experts._state_dict_hooks
+
+
 def test_weights_that_were_cast_since_are_left_as_they_are(experts: Experts) -> None:
     weight = experts.up.detach().float()
     packing = Packing()
@@ -139,30 +156,25 @@ def test_what_cannot_be_packed_is_refused() -> None:
         Packing().pack([Experts().float()])
 
 
-@pytest.fixture
-def models() -> tuple[nn.Module, nn.Module]:
-    stock = tiny.make("qwen3_vl_moe", torch.bfloat16)
-    return stock, copy.deepcopy(stock)
-
-
+@pytest.mark.parametrize(("family", "gemms"), [("qwen3_vl_moe", "packed kernels"), ("gpt_oss", "kernels")])
 def test_a_model_with_packed_weights_skips_the_same_and_saves_the_same(
-    models: tuple[nn.Module, nn.Module], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    family: str, gemms: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     harness.compile_with(monkeypatch, harness.uncompiled)
-    stock, model = models
-    inputs = tiny.mixed_batch()
+    stock = tiny.make(family, torch.bfloat16)
+    model, inputs = copy.deepcopy(stock), tiny.mixed_batch()
+    inputs = inputs if family == "qwen3_vl_moe" else {"input_ids": inputs["input_ids"]}
     plan = modes_fx.SkipPlan.uniform(text=0.3, vision=0.4)
     wanted = harness.logits(modes_fx.optimize(stock, plan), inputs)
     state = harness.model_state(model)
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     modes_fx.optimize(model, plan, prepack=True)
     logits = harness.logits(model, inputs)
-    assert {site.gemms for site in modes_fx.report(model).sites} == {"packed kernels"}
-    assert {site.gemms for site in modes_fx.report(stock).sites} == {"kernels"}
+    assert {site.gemms for site in modes_fx.report(model).sites} == {gemms}
     assert (logits - wanted).abs().max() <= 0.02 * wanted.abs().max()
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert all(value.equal(saved[name]) for name, value in again.state_dict().items())
     modes_fx.restore(model)
     assert harness.model_state(model) == state
-    assert all(value.equal(saved[name]) for name, value in model.state_dict().items())
+    assert all(value.equal(saved[name]) and value.is_contiguous() for name, value in model.state_dict().items())
