@@ -147,7 +147,7 @@ def _packable(parameter: nn.Parameter) -> bool:
 
 def _plain(parameter: nn.Parameter, dtypes: Collection[torch.dtype]) -> bool:
     is_weight = parameter.dim() == 3 and parameter.dtype in dtypes and type(parameter) is nn.Parameter
-    return is_weight and parameter.is_contiguous() and parameter.device.type == "cpu" and not isinstance(parameter, PackedWeight)
+    return is_weight and parameter.is_contiguous() and parameter.device.type == "cpu"
 
 
 def _as_they_were(module: nn.Module, entries: dict[str, Any], prefix: str, _: Any) -> None:

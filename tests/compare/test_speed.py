@@ -120,7 +120,8 @@ def test_twins_share_weights_and_leave_the_model_as_it_was(vlm: nn.Module) -> No
 def test_a_model_of_other_dispatch_is_timed_as_it_was_loaded() -> None:
     settings = settings_of(CASES["deepseek"].make())
     assert [str(setting) for setting in settings] == [
-        "as loaded", "as loaded, MoE blocks compiled", "as loaded, decoder layers compiled", "as loaded, all layers as one compiled",
+        "as loaded", "as loaded, MoE blocks compiled", "as loaded, decoder layers compiled",
+        "as loaded, all layers as one compiled",
     ]  # fmt: skip
 
 
