@@ -49,6 +49,8 @@ def arguments() -> argparse.Namespace:
         options.model, options.batch_size, options.grid_size, options.targets = str(demo.CHECKPOINT), 32, 6, [0.5, 0.75]
     elif options.data is None:
         parser.error("pass --data, or --tiny")
+    if options.image is not None and not options.image.is_file():
+        parser.error(f"there is no image {options.image}")
     return options
 
 

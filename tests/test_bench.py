@@ -16,7 +16,7 @@ from modes_fx.bench.machine import Limits, Machine
 from modes_fx.bench.measure import Row
 from modes_fx.bench.models import Routing, block_of, build, draw, popularity, route
 from modes_fx.bench.presets import PRESETS, config_of
-from modes_fx.bench.settings import S, Twins, thresholds
+from modes_fx.bench.settings import DEFAULT, Twins, thresholds
 from modes_fx.compare import speed
 from modes_fx.errors import ModesFxError
 from modes_fx.regions import find_moe_layers
@@ -72,7 +72,7 @@ def test_the_command_measures_every_part(tmp_path: Path) -> None:
 
 
 def check_ratios(rows: list[dict[str, Any]]) -> None:
-    (default,) = (row for row in rows if row["setting"] == f"stock {S}")
+    (default,) = (row for row in rows if row["setting"] == f"stock {DEFAULT}")
     best = min((row for row in rows if row["kind"] == "stock"), key=lambda row: row["ms"])
     for row in rows:
         assert row["ms"] == statistics.median(row["rounds_ms"])
@@ -103,12 +103,12 @@ def test_every_preset_is_a_stack_of_moe_layers(name: str) -> None:
 def test_twins_share_weights_and_compute_the_same(stack: Any) -> None:
     block, x = block_of(stack), draw(16, HIDDEN, "uniform", 0)
     twins = Twins(block)
-    contenders = twins.stock((S, speed.Setting("eager"), speed.Setting("batched_mm")), 8) + twins.peer()
+    contenders = twins.stock((DEFAULT, speed.Setting("eager"), speed.Setting("batched_mm")), 8) + twins.peer()
     assert len(contenders) == 3 + (not twins.failed)
     for each in contenders:
         assert [id(weight) for weight in each.model.parameters()] == [id(weight) for weight in block.parameters()]
         torch.testing.assert_close(each.model(x), block(x), atol=1e-3, rtol=2e-2)
-    assert [each.name for each in twins.stock((S, speed.Setting("batched_mm")), 9)] == [f"stock {S}"]
+    assert [each.name for each in twins.stock((DEFAULT, speed.Setting("batched_mm")), 9)] == [f"stock {DEFAULT}"]
 
 
 def test_a_kernel_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, stack: Any) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from modes_fx.bench.machine import Limit
-from modes_fx.bench.settings import Contender, S
+from modes_fx.bench.settings import DEFAULT, Contender
 from modes_fx.compare.speed import RECOMPILE_LIMIT
 from modes_fx.errors import ModesFxError, in_a_line
 from modes_fx.modality import token_modality
@@ -120,7 +120,7 @@ def time_work(
 
     runners = {name: (lambda each=each: _milliseconds(work, each, now, flush)) for name, each in running.items()}
     found = in_turn(runners, rounds, 0, on_round=on_round, on_step=on_step, limit_s=limit_s)
-    default = next((times for name, times in found.items() if running[name].name == f"stock {S}"), [])
+    default = next((times for name, times in found.items() if running[name].name == f"stock {DEFAULT}"), [])
     stock = [times for name, times in found.items() if running[name].kind == "stock"]
     best = min(stock, key=statistics.median, default=[])
     rows = []
@@ -172,7 +172,7 @@ def _warm_up(work: Work, contender: Contender, failed: dict[str, str]) -> bool:
     except ModesFxError:
         raise
     except Exception as error:  # whatever stock code or a compiler raises: the setting is none that users have
-        if contender.kind == "ours" or contender.name == f"stock {S}":
+        if contender.kind == "ours" or contender.name == f"stock {DEFAULT}":
             raise
         failed[f"{contender.name} ({work.part}, {work.phase} of T {work.tokens})"] = in_a_line(error)
         return False

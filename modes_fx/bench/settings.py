@@ -21,16 +21,16 @@ from modes_fx.regions import Region
 
 Kind = Literal["stock", "peer", "ours"]
 
-S = Setting("grouped_mm")  # the setting that transformers itself takes
+DEFAULT = Setting("grouped_mm")  # the setting that transformers itself takes
 
 BLOCK_SETTINGS = (
-    S, Setting("grouped_mm", "moe"), Setting("eager"), Setting("eager", "moe"), Setting("batched_mm"),
+    DEFAULT, Setting("grouped_mm", "moe"), Setting("eager"), Setting("eager", "moe"), Setting("batched_mm"),
     Setting("batched_mm", "moe"),
 )  # fmt: skip
 # Of layers not the loop compiled: it breaks into graphs by expert, and compiling them takes minutes. Eager attention is slower
 # on its own, but a compiler fuses what it does for one token.
 LAYER_SETTINGS = (
-    S, Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"), Setting("grouped_mm", "model"), Setting("eager"),
+    DEFAULT, Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"), Setting("grouped_mm", "model"), Setting("eager"),
     Setting("batched_mm"), Setting("batched_mm", "moe"), Setting("batched_mm", "layer"), Setting("batched_mm", "model"),
     Setting("batched_mm", "layer", "eager"), Setting("batched_mm", "model", "eager"),
 )  # fmt: skip
@@ -101,7 +101,7 @@ class Twins:
         """Return modes-fx at each skip ratio."""
         name = "modes-fx" if region == "moe" else f'modes-fx, region="{region}"'
         name += f", {attention} attention" if attention else ""
-        setting = Setting(S.experts, attention=attention)
+        setting = Setting(DEFAULT.experts, attention=attention)
         model = self._twin(name, lambda: optimize(stock_twin(self.model, setting), region=region))
         return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
 
@@ -123,7 +123,7 @@ class Twins:
         return self._made[name]
 
     def _with_peer(self) -> nn.Module:
-        twin = stock_twin(self.model, S)
+        twin = stock_twin(self.model, DEFAULT)
         peer.use(twin)
         return twin
 

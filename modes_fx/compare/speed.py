@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from modes_fx.calib.objective import IGNORED, Batch
+from modes_fx.calib.objective import Batch, prompts_of
 from modes_fx.errors import CalibrationError, in_a_line
 from modes_fx.optimize import is_optimized, stats
 from modes_fx.regions import Region, find_moe_layers
@@ -245,14 +245,3 @@ def _median(values: Sequence[float]) -> float:
 
 def _or_last(seconds: float) -> float:
     return math.inf if math.isnan(seconds) else seconds
-
-
-def prompts_of(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:
-    """Return a batch without labels, cut where the first answer begins."""
-    first = int((batch["labels"] != IGNORED).any(dim=0).nonzero()[0])
-    whole = batch["labels"].shape
-    return {
-        key: (value[:, :first] if value.shape[:2] == whole else value).to(device)
-        for key, value in batch.items()
-        if key != "labels" and isinstance(value, Tensor)
-    }

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 import modes_fx
+from modes_fx import strict_json
 from modes_fx.calib import Objective, Trial, layer_importance, search
+from modes_fx.compare.run import Progress
 from modes_fx.demo.data import as_data, collate, make_batches, make_samples
 from modes_fx.demo.page import write_demo_page
 from modes_fx.demo.timing import time_settings
@@ -23,13 +24,6 @@ from modes_fx.page.closeup import look_closely
 from modes_fx.plan import SkipPlan
 
 TARGETS = (0.5, 0.75, 0.875)
-
-
-class Progress(Protocol):
-    """Receives the steps of the long parts."""
-
-    def __call__(self, part: str, done: int, total: int | None) -> None:
-        """Take note that ``done`` of ``total`` steps of a part are finished; None while the total is unknown."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ def run_demo(
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
         "versions": {"modes_fx": modes_fx.__version__, **plan.provenance["versions"]},
     }
-    write_atomically(out / "report.json", json.dumps(facts, indent=2, allow_nan=False) + "\n")
+    write_atomically(out / "report.json", strict_json.dumps(facts))
     write_demo_page(facts, closeup, out / "report.html")
     return facts
 

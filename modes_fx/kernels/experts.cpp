@@ -33,7 +33,7 @@ constexpr int kBytes = 16;
 #endif
 constexpr int kLanes = kBytes / 4;
 constexpr int kRows = 6, kColumns = 4;  // of a tile: 24 accumulators in 32 registers
-constexpr int64_t kChunk = 192;         // rows of one expert that stay in the L2 cache while its weights pass by
+constexpr int64_t kChunk = 96;          // rows of one expert that stay in the L2 cache while its weights pass by
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kBytes)));

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modes_fx.calib.objective import IGNORED, Answers, Batch, bounds_in_force
-from modes_fx.compare.speed import prompts_of
+from modes_fx.calib.objective import IGNORED, Answers, Batch, bounds_in_force, prompts_of
 from modes_fx.data import Sample, make_batches
 from modes_fx.data.chat import tokenizer_of
 from modes_fx.modality import MODALITIES, token_ids_for
