@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import modes_fx
-from modes_fx.compare import speed
 from modes_fx.calib.objective import prompts_of
+from modes_fx.compare import speed
 from modes_fx.compare.speed import SETTINGS, Setting, Stopwatch, settings_of, stock_twin
 from modes_fx.errors import CalibrationError
 from modes_fx.regions import find_moe_layers
