@@ -28,7 +28,7 @@ def test_family_is_rewritten_and_skips_what_the_oracle_skips(family: Family) -> 
     assert_regions_are_nested(model)
     classes = random_classes(inputs)
     real = classes != 2
-    assert relative_error(logits(model, inputs), unskipped, real) <= 1e-5
+    assert relative_error(logits(model, inputs), unskipped, real) <= 2e-5
 
     bounds = oracle.random_bounds(stock, classes, seed=7, **inputs)
     wanted = oracle.Oracle(stock, bounds)
