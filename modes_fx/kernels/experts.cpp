@@ -271,8 +271,8 @@ Tensor linear_combine(const Tensor& x, const Tensor& pairs, int64_t top_k, const
   Tensor given = along_rows(x), weights = row_weights.contiguous();
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    combine_rows<T>(given, pairs.const_data_ptr<int64_t>(), top_k, weights.const_data_ptr<float>(), experts_of<T>(weight, offsets),
-               out.mutable_data_ptr<float>());
+    combine_rows<T>(given, pairs.const_data_ptr<int64_t>(), top_k, weights.const_data_ptr<float>(),
+                    experts_of<T>(weight, offsets), out.mutable_data_ptr<float>());
   });
   return out;
 }

@@ -112,6 +112,19 @@ def test_experts_without_rows_are_not_read(dtype: torch.dtype) -> None:
     assert ops.linear_combine(rows, pairs, 2, torch.ones(3), weight.mT.contiguous(), offsets, 2).isfinite().all()
 
 
+def test_inputs_that_do_not_fit_are_refused() -> None:
+    _, pairs, offsets = routing(6, 2, 3)
+    x, weight = randn(6, 40), randn(3, 10, 40)
+    for given, message in (
+        ((x[:, 1:], pairs, 2, weight, offsets), "do not fit"),
+        ((x, pairs, 2, weight.mT.contiguous().mT, offsets), "does not lie along its last dimension"),
+        ((x, pairs, 2, weight, offsets[1:]), r"offsets are int64 \[E \+ 1\]"),
+        ((x.half(), pairs, 2, weight.half(), offsets), "float32 and bfloat16, not in Half"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.linear(*given)
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), 1e38])
 def test_what_is_not_finite_stays_so_in_bfloat16(special: float) -> None:
     x = torch.tensor([[special]], dtype=torch.bfloat16)
