@@ -63,6 +63,8 @@ def test_the_command_measures_every_part(tmp_path: Path) -> None:
         assert any(row["setting"].startswith("stock batched_mm") for row in mine) == (tokens == 1)
         assert next(row["skip"] for row in mine if row["setting"] == "modes-fx") == 0
     assert {row["part"] for row in rows if 'region="layer"' in row["setting"]} == {"layers"}
+    assert {row["phase"] for row in rows if "eager attention" in row["setting"]} == {"decode"}
+    assert {row["phase"] for row in rows if 'region="model"' in row["setting"]} == {"prefill", "decode"}
     assert {row["part"] for row in rows if row["setting"] == "modes-fx, packed"} <= {"block", "layers"}
     assert ("modes-fx, packed" in facts["failed"]) != any(row["setting"] == "modes-fx, packed" for row in rows)
     prefill = next(row for row in rows if row["part"] == "layers" and row["skip"] == 0.88)

@@ -211,10 +211,12 @@ Tensor grouped_mm(const Tensor& x, const Tensor& weight, const Tensor& offsets) 
 
 Tensor along_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
+void check(const Tensor& x, const Tensor& rows, const Tensor& weight, const Tensor& offsets) {  // rows: pairs, or x itself
   TORCH_CHECK(x.dim() == 2 && weight.dim() == 3 && x.size(1) == weight.size(2), "x [rows, D] and weight [E, N, D] do not fit");
   TORCH_CHECK(weight.stride(2) == 1 || weight.size(2) == 1, "weight does not lie along its last dimension");
   TORCH_CHECK(offsets.scalar_type() == at::kLong && offsets.numel() == weight.size(0) + 1, "offsets are int64 [E + 1]");
+  TORCH_CHECK(offsets.is_contiguous() && offsets.const_data_ptr<int64_t>()[weight.size(0)] == rows.size(0),
+              "offsets are of another number of rows");
 }
 
 template <typename Run>
@@ -248,7 +250,7 @@ std::tuple<Tensor, Tensor> sort_pairs(const Tensor& keep, const Tensor& expert_i
 }
 
 Tensor linear(const Tensor& x, const std::optional<Tensor>& pairs, int64_t top_k, const Tensor& weight, const Tensor& offsets) {
-  check(x, weight, offsets);
+  check(x, pairs ? *pairs : x, weight, offsets);
   int64_t rows = (pairs ? *pairs : x).size(0);
   if (rows && suits_matrix_units(x, rows, weight.size(0)))
     return grouped_mm(pairs ? x.index_select(0, pairs->floor_divide(top_k)) : x, weight, offsets);
@@ -263,7 +265,8 @@ Tensor linear(const Tensor& x, const std::optional<Tensor>& pairs, int64_t top_k
 
 Tensor linear_combine(const Tensor& x, const Tensor& pairs, int64_t top_k, const Tensor& row_weights, const Tensor& weight,
                       const Tensor& offsets, int64_t tokens) {
-  check(x, weight, offsets);
+  check(x, pairs, weight, offsets);
+  TORCH_CHECK(x.size(0) == pairs.size(0), "x has ", x.size(0), " rows for ", pairs.size(0), " pairs");
   Tensor out = at::zeros({tokens, weight.size(1)}, x.options().dtype(at::kFloat));
   if (x.size(0) && suits_matrix_units(x, x.size(0), weight.size(0)))
     return out.index_add_(0, pairs.floor_divide(top_k),

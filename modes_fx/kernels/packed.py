@@ -83,18 +83,16 @@ class Packing:
         self._packed: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._made: dict[int, nn.Parameter] = {}  # by the original's id: tied weights stay tied
         self._hooks: dict[nn.Module, Any] = {}
-        self._turned: list[nn.Parameter] = []
+        self._turned: dict[int, nn.Parameter] = {}
 
     def pack(self, experts: Sequence[nn.Module]) -> None:
         """Pack or turn the weights of experts modules; a packed one's original parameter is left without memory."""
         for module in experts:
             transposed = getattr(module, "is_transposed", False)
             for name, parameter in list(module.named_parameters(recurse=False)):
-                if transposed and _plain(parameter, ops.DTYPES):
-                    parameter.data = parameter.data.mT.contiguous().mT
-                    self._turned.append(parameter)
-                    self._hook(module)
-                elif not transposed and (id(parameter) in self._made or _packable(parameter)):
+                if transposed:
+                    self._turn(module, parameter)
+                elif id(parameter) in self._made or _packable(parameter):
                     self._pack(module, name, parameter)
         if not self._packed and not self._turned:
             raise ModelError(
@@ -102,6 +100,13 @@ class Packing:
                 "and D of 2, on a CPU with AVX-512 or AMX; or [E, D, N], bfloat16 or float32. Leave it out: experts are "
                 "computed all the same."
             )
+
+    def _turn(self, module: nn.Module, parameter: nn.Parameter) -> None:
+        if _plain(parameter, ops.DTYPES):
+            self._turned[id(parameter)] = parameter  # first, so that an interruption leaves nothing behind
+            parameter.data = parameter.data.mT.contiguous().mT
+        if id(parameter) in self._turned:
+            self._hook(module)
 
     def _pack(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if id(parameter) not in self._made:
@@ -126,7 +131,7 @@ class Packing:
                 if not parameter.numel():
                     parameter.data = current.unpacked()
                 module._parameters[name] = parameter
-        for parameter in self._turned:
+        for parameter in self._turned.values():
             parameter.data = parameter.data.contiguous()
         self._packed.clear()
         self._turned.clear()

@@ -16,6 +16,8 @@ from tests.harness import logits, plan_of, relative_error
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
+ROUNDED = {"zaya"}  # stock's own float32 logits are 7e-6 off: two such roundings add up to more than 1e-5
+
 REWRITTEN = [family for family in TEXT if family.expected == "rewritten"]
 
 
@@ -28,7 +30,8 @@ def test_family_is_rewritten_and_skips_what_the_oracle_skips(family: Family) -> 
     assert_regions_are_nested(model)
     classes = random_classes(inputs)
     real = classes != 2
-    assert relative_error(logits(model, inputs), unskipped, real) <= 2e-5
+    exact = in_float64(stock, inputs) if family.name in ROUNDED else unskipped
+    assert relative_error(logits(model, inputs), exact, real) <= 1e-5
 
     bounds = oracle.random_bounds(stock, classes, seed=7, **inputs)
     wanted = oracle.Oracle(stock, bounds)
@@ -40,6 +43,12 @@ def test_family_is_rewritten_and_skips_what_the_oracle_skips(family: Family) -> 
     assert relative_error(actual, unskipped, real) > 1e-3  # it did skip something that matters
     assert stats.pairs_kept.equal(wanted.kept)
     assert stats.pairs_routed.equal(wanted.routed)
+
+
+def in_float64(stock: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    exact = copy.deepcopy(stock).double()
+    exact.set_experts_implementation("eager")
+    return logits(exact, inputs).float()
 
 
 @pytest.mark.slow

@@ -119,6 +119,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         ((x[:, 1:], pairs, 2, weight, offsets), "do not fit"),
         ((x, pairs, 2, weight.mT.contiguous().mT, offsets), "does not lie along its last dimension"),
         ((x, pairs, 2, weight, offsets[1:]), r"offsets are int64 \[E \+ 1\]"),
+        ((x, pairs[1:], 2, weight, offsets), "of another number of rows"),
         ((x.half(), pairs, 2, weight.half(), offsets), "float32 and bfloat16, not in Half"),
     ):
         with pytest.raises(RuntimeError, match=message):

@@ -95,6 +95,18 @@ def test_tied_weights_are_packed_once_and_stay_tied(experts: Experts) -> None:
     assert parameter.equal(weight)
 
 
+def test_weights_turned_and_tied_are_saved_as_they_were(experts: Experts) -> None:
+    other = Experts()
+    experts.is_transposed = other.is_transposed = True
+    other.up = experts.up
+    packing = Packing()
+    packing.pack([experts, other])
+    assert all(value.is_contiguous() for value in other.state_dict().values())
+    packing.undo()
+    assert other.up is experts.up
+    assert other.up.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_stored_transposed_are_turned_and_turned_back(experts: Experts, dtype: torch.dtype) -> None:
     experts.is_transposed = True
