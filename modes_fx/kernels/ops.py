@@ -17,7 +17,11 @@ bfloat16 [T, D], of which row ``pairs[r] // top_k`` is taken; or [R, D] where pa
     linear_combine(x, pairs, top_k, row_weights, weight, offsets, tokens) -> total
 
 Multiply each row of x [R, D] by its expert's weight and by its routing weight (float32 [R]), and add up the rows of each token:
-total float32 [T, N].
+total float32 [T, N]. ::
+
+    dense(x, weight, bias) -> y
+
+Multiply x [..., D] by a weight [N, D] that is no expert's and add a bias [N] or None, as torch's ``linear`` does: y [..., N].
 
 ``linear_packed`` and ``linear_combine_packed`` are the same with the blocks of a ``packed.PackedWeight`` as the weight.
 """
@@ -33,6 +37,8 @@ from torch import Tensor
 from modes_fx.kernels import library
 
 DTYPES = frozenset({torch.float32, torch.bfloat16})
+FEW_ROWS = 16
+"""So many rows ``dense`` multiplies itself; more it leaves to ATen. experts.cpp's ``kFewRows``."""
 
 _library = torch.library.Library("modes_fx", "FRAGMENT")
 
@@ -67,11 +73,16 @@ def _linear_combine(
     return x.new_empty(tokens, _columns(weight), dtype=torch.float32)
 
 
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 def _columns(weight: Tensor) -> int:
     return weight.shape[1] if weight.dim() == 3 else weight.shape[1] * weight.shape[3]
 
 
 _define("experts.cpp", "sort_pairs(Tensor keep, Tensor expert_ids, int num_experts) -> (Tensor, Tensor)", _sort_pairs)
+_define("experts.cpp", "dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _dense)
 for _file, _suffix, _weight in (("experts.cpp", "", "weight"), ("packed.cpp", "_packed", "blocks")):
     _rows = f"Tensor {_weight}, Tensor offsets"
     _define(_file, f"linear{_suffix}(Tensor x, Tensor? pairs, int top_k, {_rows}) -> Tensor", _linear)

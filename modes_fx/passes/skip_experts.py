@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import fx
 
-from modes_fx.passes import batched_mm, compact, grouped_mm, kept_gemms, static
+from modes_fx.passes import batched_mm, compact, dense, grouped_mm, kept_gemms, static
 from modes_fx.passes.emit import fake_mode_of, under_fake
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
 from modes_fx.policies import KeepRule, table_shape, takes_table
@@ -144,6 +144,8 @@ def _rewrite_all(
         record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, *sizes, gemms)
         weight_inputs = tuple(position[name] for name in site.weight_inputs)
         bindings.append(Binding(record, weight_inputs, sources, site.top_k, token_count))
+    if bindings:
+        dense.rewrite(graph)
     output = next(item for item in graph.nodes if item.op == "output")
     output.args = ((*output.args[0], *outputs),)
     graph.lint()

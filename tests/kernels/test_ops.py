@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 import modes_fx  # noqa: F401 - it defines them
+from modes_fx.kernels.ops import FEW_ROWS
 
 ops = torch.ops.modes_fx
 DTYPES = [torch.float32, torch.bfloat16]
@@ -124,6 +125,28 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.linear(*given)
+    for other, message in (
+        (weight[0, :, 1:], "do not fit"),
+        (weight[0].mT.contiguous().mT, "does not lie along its last dimension"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.dense(x, other, None)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (1, 1, 70), (2, 3, 40), (FEW_ROWS, 33), (FEW_ROWS + 1, 33), (0, 8), (4,)], ids=str)
+def test_other_layers_are_multiplied_too(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight, bias = (
+        randn(*shape, dtype=dtype),
+        randn(13, 2 * shape[-1], dtype=dtype)[:, 1 : 1 + shape[-1]],
+        randn(13, dtype=dtype),
+    )
+    wanted = x.double() @ weight.double().T
+    assert_close(ops.dense(x, weight, None), wanted, dtype)
+    assert_close(ops.dense(x, weight, bias), wanted + bias, dtype)
+    wide = randn(*shape[:-1], shape[-1] + 5, dtype=dtype)[..., 2:-3]
+    assert ops.dense(wide, weight, bias).equal(ops.dense(wide.contiguous(), weight, bias))
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), 1e38])
@@ -147,5 +170,7 @@ def test_they_are_well_behaved_operations(dtype: torch.dtype) -> None:
         (torch.ops.modes_fx.linear, (x, pairs, 2, up, offsets)),
         (torch.ops.modes_fx.linear, (rows, None, 2, down, offsets)),
         (torch.ops.modes_fx.linear_combine, (rows, pairs, 2, randn(len(pairs)), down, offsets, 5)),
+        (torch.ops.modes_fx.dense, (x, up[0], up[0, :, 0].clone())),
+        (torch.ops.modes_fx.dense, (x.view(1, 5, 16), up[0], None)),
     ):
         torch.library.opcheck(operation.default, given, test_utils=checks)
