@@ -82,28 +82,28 @@ inline void sums(const Vec* v, float* out) {
 #endif
 
 // ROWS x COLUMNS dot products of length `inner`: of four columns side by side, which share the loads of a row; or of one column,
-// from one end to the other, which is how memory is read fastest.
+// so that memory is read from one end to the other. Either adds up in the same order.
 template <typename T, int ROWS, int COLUMNS>
 inline void tile(const T* const* rows, const T* weight, int64_t stride, int64_t inner, float (*out)[kColumns]) {
-  constexpr int depth = kColumns / COLUMNS;  // sums of one column
   constexpr int64_t step = kBytes / sizeof(T);
   Vec sum[ROWS][kColumns] = {};
   int64_t d = 0;
-  // A page to come, so that its address is known by then; the hardware looks ahead within a page alone.
+  // The hardware looks ahead within a page alone; so that the address of a page to come is known by then:
   if (COLUMNS == 1) __builtin_prefetch(reinterpret_cast<const char*>(weight) + kBytesAhead, 0, 2);
-  for (; d + depth * step <= inner; d += depth * step) {
-    Vec columns[kColumns];
-    for (int j = 0; j < kColumns; ++j) {
-      const T* from = weight + j / depth * stride + d + j % depth * step;
-      if (COLUMNS > 1) __builtin_prefetch(from + 2 * COLUMNS * stride, 0, 2);  // each column may lie in a page of its own
-      columns[j] = load(from);
+  for (; d + step <= inner; d += step) {
+    Vec columns[COLUMNS];
+    for (int j = 0; j < COLUMNS; ++j) {
+      // Of a tile to come: each column may lie in a page of its own.
+      if (COLUMNS > 1) __builtin_prefetch(weight + (j + 2 * COLUMNS) * stride + d, 0, 2);
+      columns[j] = load(weight + j * stride + d);
     }
-    for (int i = 0; i < ROWS; ++i)
-      for (int j = 0; j < kColumns; ++j) multiply_add(sum[i][j], load(rows[i] + d + j % depth * step), columns[j], T{});
+    for (int i = 0; i < ROWS; ++i) {
+      Vec row = load(rows[i] + d);
+      for (int j = 0; j < COLUMNS; ++j) multiply_add(sum[i][j], row, columns[j], T{});
+    }
   }
   for (int i = 0; i < ROWS; ++i) {
     sums(sum[i], out[i]);
-    if (COLUMNS == 1) out[i][0] = (out[i][0] + out[i][1]) + (out[i][2] + out[i][3]);
     for (int64_t rest = d; rest < inner; ++rest)
       for (int j = 0; j < COLUMNS; ++j) out[i][j] += float(rows[i][rest]) * float(weight[j * stride + rest]);
   }

@@ -93,6 +93,15 @@ def test_weighted_rows_are_added_up_in_float32(size: tuple[int, ...], dtype: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_know_how_many_share_its_expert(dtype: torch.dtype) -> None:
+    x, weight = randn(200, 70, dtype=dtype), randn(1, 37, 70, dtype=dtype)
+    together = ops.linear(x, None, 1, weight, torch.tensor([0, 200]))
+    for first, count in ((0, 1), (3, 2), (7, 6), (20, 7), (50, 100)):
+        some = ops.linear(x[first : first + count], None, 1, weight, torch.tensor([0, count]))
+        assert some.equal(together[first : first + count])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_inputs_with_other_strides_are_read_as_they_are(dtype: torch.dtype) -> None:
     _, pairs, offsets = routing(6, 2, 3)
     x, weight = randn(6, 40, dtype=dtype), randn(3, 10, 40, dtype=dtype)
