@@ -1,8 +1,8 @@
 // GEMMs of experts over the rows of their kept pairs. Shapes: T tokens, K experts a token, E experts, R rows (kept pairs in
 // expert order), D inner, N outer size. Weights [E, N, D] are read as they lie in memory, each once for all rows of its expert.
 //
-// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packing. Threads share the columns of every
-// expert evenly, whatever the routing, and none writes where another does.
+// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packed weights; rows are copied, a chunk at a
+// time. Threads share the columns of every expert evenly, whatever the routing, and none writes where another does.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/_grouped_mm.h>
@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -34,8 +35,8 @@ constexpr int kBytes = 16;
 #endif
 constexpr int kLanes = kBytes / 4;
 constexpr int kRows = 6, kColumns = 4;  // of a tile: 24 accumulators in 32 registers
-constexpr int64_t kBytesAhead = 1 << 16;
-constexpr int64_t kChunk = 96;  // rows of one expert that stay in the L2 cache while its weights pass by
+constexpr int64_t kChunk = 96;             // rows of one expert that stay in the L2 cache while its weights pass by
+constexpr int64_t kBytesAhead = 16 * 4096;
 
 typedef float Vec __attribute__((vector_size(kBytes)));
 typedef uint32_t Bits __attribute__((vector_size(kBytes)));
@@ -81,11 +82,12 @@ inline void sums(const Vec* v, float* out) {
 }
 #endif
 
-// ROWS x COLUMNS dot products of length `inner`: of four columns side by side, which share the loads of a row; or of one column,
-// so that memory is read from one end to the other. Either adds up in the same order.
+// ROWS x COLUMNS dot products of length `inner`: of four columns side by side, which share the loads of a row; or of one, so
+// that memory is read from one end to the other. Either adds up in the same order.
 template <typename T, int ROWS, int COLUMNS>
-inline void tile(const T* const* rows, const T* weight, int64_t stride, int64_t inner, float (*out)[kColumns]) {
+inline void tile(const T* rows, int64_t pitch, const T* weight, int64_t stride, int64_t inner, float (*out)[kColumns]) {
   constexpr int64_t step = kBytes / sizeof(T);
+  const T* ahead = weight + 2 * COLUMNS * stride;  // a tile to come
   Vec sum[ROWS][kColumns] = {};
   int64_t d = 0;
   // The hardware looks ahead within a page alone; so that the address of a page to come is known by then:
@@ -93,20 +95,18 @@ inline void tile(const T* const* rows, const T* weight, int64_t stride, int64_t 
   for (; d + step <= inner; d += step) {
     Vec columns[COLUMNS];
     for (int j = 0; j < COLUMNS; ++j) {
-      // Of a tile to come: each column may lie in a page of its own.
-      if (COLUMNS > 1) __builtin_prefetch(weight + (j + 2 * COLUMNS) * stride + d, 0, 2);
+      if (COLUMNS > 1) __builtin_prefetch(ahead + COLUMNS * d + j * step, 0, 2);
       columns[j] = load(weight + j * stride + d);
     }
     for (int i = 0; i < ROWS; ++i) {
-      Vec row = load(rows[i] + d);
+      Vec row = load(rows + i * pitch + d);
       for (int j = 0; j < COLUMNS; ++j) multiply_add(sum[i][j], row, columns[j], T{});
     }
   }
-  for (int i = 0; i < ROWS; ++i) {
-    sums(sum[i], out[i]);
-    for (int64_t rest = d; rest < inner; ++rest)
-      for (int j = 0; j < COLUMNS; ++j) out[i][j] += float(rows[i][rest]) * float(weight[j * stride + rest]);
-  }
+  for (int i = 0; i < ROWS; ++i) sums(sum[i], out[i]);
+  for (; d < inner; ++d)
+    for (int i = 0; i < ROWS; ++i)
+      for (int j = 0; j < COLUMNS; ++j) out[i][j] += float(rows[i * pitch + d]) * float(weight[j * stride + d]);
 }
 
 template <typename T>
@@ -115,17 +115,22 @@ struct Experts {
   int64_t expert_stride, column_stride, experts, columns, inner;
   const int64_t* offsets;  // [E + 1], of each expert's rows
 
-  // Call take(r, n, values, count) for the products of row r with columns n, n + 1, ...
-  template <typename Take>
-  void run(int64_t begin, int64_t end, const T* const* rows, const Take& take) const {
+  // Call row_of(r) for the start of row r, and take(r, n, values, count) for its products with columns n, n + 1, ...
+  template <typename RowOf, typename Take>
+  void run(int64_t begin, int64_t end, const RowOf& row_of, const Take& take) const {
+    int64_t pitch = inner + kBytes / sizeof(T);  // no power of 2, at which rows would drive each other out of the caches
+    std::unique_ptr<T[]> rows(new T[pitch * std::min(offsets[experts], kChunk)]);
     for (int64_t e = 0; e < experts; ++e) {
-      for (int64_t first = offsets[e]; first < offsets[e + 1]; first += kChunk) {
-        int64_t count = std::min(offsets[e + 1] - first, kChunk), blocks = (count + kRows - 1) / kRows;
+      int64_t total = offsets[e + 1] - offsets[e], chunks = (total + kChunk - 1) / kChunk;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {  // of nearly equal height, as the blocks below
+        int64_t first = offsets[e] + total * chunk / chunks, count = offsets[e] + total * (chunk + 1) / chunks - first;
+        for (int64_t i = 0; i < count; ++i) std::memcpy(&rows[i * pitch], row_of(first + i), inner * sizeof(T));
+        int64_t blocks = (count + kRows - 1) / kRows;
         int64_t width = blocks == 1 ? end - begin : kColumns;  // that all blocks share while it is in the L1 cache
         for (int64_t n = begin; n < end; n += width) {
-          for (int64_t block = 0; block < blocks; ++block) {  // of nearly equal height
-            int64_t low = first + count * block / blocks, high = first + count * (block + 1) / blocks;
-            strip(int(high - low), e, low, n, std::min(n + width, end), rows, take);
+          for (int64_t block = 0; block < blocks; ++block) {
+            int64_t low = count * block / blocks, high = count * (block + 1) / blocks;
+            strip(int(high - low), e, &rows[low * pitch], pitch, first + low, n, std::min(n + width, end), take);
           }
         }
       }
@@ -133,39 +138,39 @@ struct Experts {
   }
 
   template <typename Take>
-  void strip(int height, int64_t e, int64_t low, int64_t n, int64_t end, const T* const* rows, const Take& take) const {
+  void strip(int height, int64_t e, const T* rows, int64_t pitch, int64_t r, int64_t n, int64_t end, const Take& take) const {
     switch (height) {
-      case 1: return strip_of<1>(e, low, n, end, rows, take);
-      case 2: return strip_of<2>(e, low, n, end, rows, take);
-      case 3: return strip_of<3>(e, low, n, end, rows, take);
-      case 4: return strip_of<4>(e, low, n, end, rows, take);
-      case 5: return strip_of<5>(e, low, n, end, rows, take);
-      default: return strip_of<6>(e, low, n, end, rows, take);
+      case 1: return strip_of<1>(e, rows, pitch, r, n, end, take);
+      case 2: return strip_of<2>(e, rows, pitch, r, n, end, take);
+      case 3: return strip_of<3>(e, rows, pitch, r, n, end, take);
+      case 4: return strip_of<4>(e, rows, pitch, r, n, end, take);
+      case 5: return strip_of<5>(e, rows, pitch, r, n, end, take);
+      default: return strip_of<6>(e, rows, pitch, r, n, end, take);
     }
   }
 
   template <int ROWS, typename Take>
-  void strip_of(int64_t e, int64_t low, int64_t n, int64_t end, const T* const* rows, const Take& take) const {
+  void strip_of(int64_t e, const T* rows, int64_t pitch, int64_t r, int64_t n, int64_t end, const Take& take) const {
     constexpr int across = ROWS == 1 ? 1 : kColumns;
     float out[ROWS][kColumns];
     while (n < end) {
       int count = end - n >= across ? across : 1;
       const T* column = weight + e * expert_stride + n * column_stride;
-      if (count == across) tile<T, ROWS, across>(rows + low, column, column_stride, inner, out);
-      else tile<T, ROWS, 1>(rows + low, column, column_stride, inner, out);
-      for (int i = 0; i < ROWS; ++i) take(low + i, n, out[i], count);
+      if (count == across) tile<T, ROWS, across>(rows, pitch, column, column_stride, inner, out);
+      else tile<T, ROWS, 1>(rows, pitch, column, column_stride, inner, out);
+      for (int i = 0; i < ROWS; ++i) take(r + i, n, out[i], count);
       n += count;
     }
   }
 
-  template <typename Take>
-  void share(const T* const* rows, const Take& take) const {
+  template <typename RowOf, typename Take>
+  void share(const RowOf& row_of, const Take& take) const {
     int threads = at::get_num_threads();
     int64_t tiles = (columns + kColumns - 1) / kColumns;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int part = 0; part < threads; ++part)
       run(std::min(columns, tiles * part / threads * kColumns), std::min(columns, tiles * (part + 1) / threads * kColumns),
-          rows, take);
+          row_of, take);
   }
 };
 
@@ -177,26 +182,23 @@ Experts<T> experts_of(const Tensor& weight, const Tensor& offsets) {
 
 template <typename T>
 void multiply_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const Experts<T>& experts, T* out) {
-  std::vector<const T*> rows(experts.offsets[experts.experts]);
-  for (size_t r = 0; r < rows.size(); ++r)
-    rows[r] = x.const_data_ptr<T>() + (pairs ? pairs[r] / top_k : int64_t(r)) * x.stride(0);
-  experts.share(rows.data(), [=, columns = experts.columns](int64_t r, int64_t n, const float* values, int count) {
-    for (int j = 0; j < count; ++j) out[r * columns + n + j] = T(values[j]);
-  });
+  const T* from = x.const_data_ptr<T>();
+  experts.share([=, stride = x.stride(0)](int64_t r) { return from + (pairs ? pairs[r] / top_k : r) * stride; },
+                [=, columns = experts.columns](int64_t r, int64_t n, const float* values, int count) {
+                  for (int j = 0; j < count; ++j) out[r * columns + n + j] = T(values[j]);
+                });
 }
 
 template <typename T>
 void combine_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const float* weights, const Experts<T>& experts,
                   float* out) {
-  std::vector<const T*> rows(experts.offsets[experts.experts]);
-  std::vector<float*> tokens(rows.size());
-  for (size_t r = 0; r < rows.size(); ++r) {
-    rows[r] = x.const_data_ptr<T>() + r * x.stride(0);
-    tokens[r] = out + pairs[r] / top_k * experts.columns;
-  }
-  experts.share(rows.data(), [=, tokens = tokens.data()](int64_t r, int64_t n, const float* values, int count) {
-    for (int j = 0; j < count; ++j) tokens[r][n + j] += weights[r] * values[j];
-  });
+  const T* from = x.const_data_ptr<T>();
+  std::vector<float*> tokens(x.size(0));
+  for (size_t r = 0; r < tokens.size(); ++r) tokens[r] = out + pairs[r] / top_k * experts.columns;
+  experts.share([=, stride = x.stride(0)](int64_t r) { return from + r * stride; },
+                [=, tokens = tokens.data()](int64_t r, int64_t n, const float* values, int count) {
+                  for (int j = 0; j < count; ++j) tokens[r][n + j] += weights[r] * values[j];
+                });
 }
 
 // AMX wants weights packed, which these kernels do not do: from so many rows an expert, on average, oneDNN packs as it goes.
@@ -283,8 +285,8 @@ Tensor linear_combine(const Tensor& x, const Tensor& pairs, int64_t top_k, const
   return out;
 }
 
-// For more rows ATen's product is faster. Read from memory, 4 to 16 MB of weights on 1 and 2 threads (AVX-512 BF16), bfloat16 takes
-// .4 to .7 of ATen's time up to 16 rows, .7 to .9 at 32, 1 at 64; float32 less.
+// For many rows ATen's product is faster. 2 to 16 MB of weights from memory, on 1 and 2 threads (AVX-512
+// BF16), take .4 to .9 of ATen's time up to 16 rows, .7 to .9 at 32, 1 at 64 in bfloat16; less in float32.
 constexpr int64_t kFewRows = 16;
 
 Tensor dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -294,16 +296,16 @@ Tensor dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
   if (count > kFewRows || !count) return at::linear(x, weight, bias);
   std::vector<int64_t> shape = x.sizes().vec(), offsets = {0, count};
   shape.back() = columns;
-  Tensor given = x.contiguous(), added = bias ? bias->to(at::kFloat).contiguous() : Tensor(), out = at::empty(shape, x.options());
+  Tensor given = x.contiguous(), added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  Tensor out = at::empty(shape, x.options());
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<const T*> rows(count);
-    for (int64_t r = 0; r < count; ++r) rows[r] = given.const_data_ptr<T>() + r * inner;
-    Experts<T> whole{weight.const_data_ptr<T>(), 0, weight.stride(0), 1, columns, inner, offsets.data()};
     const float* first = bias ? added.const_data_ptr<float>() : nullptr;
-    whole.share(rows.data(), [=, to = out.mutable_data_ptr<T>()](int64_t r, int64_t n, const float* values, int among) {
-      for (int j = 0; j < among; ++j) to[r * columns + n + j] = T(first ? values[j] + first[n + j] : values[j]);
-    });
+    Experts<T> whole{weight.const_data_ptr<T>(), 0, weight.stride(0), 1, columns, inner, offsets.data()};
+    whole.share([=, from = given.const_data_ptr<T>()](int64_t r) { return from + r * inner; },
+                [=, to = out.mutable_data_ptr<T>()](int64_t r, int64_t n, const float* values, int among) {
+                  for (int j = 0; j < among; ++j) to[r * columns + n + j] = T(first ? values[j] + first[n + j] : values[j]);
+                });
   });
   return out;
 }
