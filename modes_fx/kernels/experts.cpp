@@ -292,6 +292,7 @@ constexpr int64_t kFewRows = 16;
 Tensor dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   TORCH_CHECK(weight.dim() == 2 && x.dim() && x.size(-1) == weight.size(1), "x [..., D] and weight [N, D] do not fit");
   TORCH_CHECK(weight.stride(1) == 1 || weight.size(1) == 1, "weight does not lie along its last dimension");
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias is [N]");
   int64_t inner = weight.size(1), columns = weight.size(0), count = inner ? x.numel() / inner : 0;
   if (count > kFewRows || !count) return at::linear(x, weight, bias);
   std::vector<int64_t> shape = x.sizes().vec(), offsets = {0, count};

@@ -134,6 +134,8 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.linear(*given)
+    with pytest.raises(RuntimeError, match=r"bias is \[N\]"):
+        ops.dense(x, weight[0], randn(9))
     for other, message in (
         (weight[0, :, 1:], "do not fit"),
         (weight[0].mT.contiguous().mT, "does not lie along its last dimension"),
