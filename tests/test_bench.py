@@ -87,11 +87,11 @@ def check_ratios(rows: list[dict[str, Any]]) -> None:
 
 def test_overhead_lies_between_two_clocks_of_compiled_code() -> None:
     found = bench.run(bench.Options(preset="tiny", parts=("overhead",), threads=(1,), layers=1, cache=2, rounds=1))
-    overhead = found.overhead
-    assert overhead is not None
-    assert 0 < overhead.regions_us < overhead.step_us
-    assert 0 < overhead.modality_us < overhead.step_us
-    assert overhead.share == pytest.approx((overhead.regions_us + overhead.modality_us) / overhead.step_us)
+    assert [each.region for each in found.overhead] == ["moe", "model"]
+    for overhead in found.overhead:
+        assert 0 < overhead.regions_us < overhead.step_us
+        assert 0 < overhead.modality_us < overhead.step_us
+        assert overhead.share == pytest.approx((overhead.regions_us + overhead.modality_us) / overhead.step_us)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -43,7 +43,7 @@ def facts(bench: Bench, options: Options) -> dict[str, Any]:
         "popularity": {"first": bench.popularity[0], "first_tenth": bench.popularity[1]},
         "rows": [asdict(row) for row in bench.rows],
         "growth": [asdict(row) | {"us_per_kept_pair": us, "rises": rises} for row, us, rises in growth(bench.rows, options)],
-        "overhead": bench.overhead and asdict(bench.overhead),
+        "overhead": [asdict(each) for each in bench.overhead],
         "failed": bench.failed,
     }
 
@@ -118,11 +118,11 @@ def notes(bench: Bench, options: Options) -> Iterator[str]:
     )
     if any(row.kind == "peer" for row in bench.rows):
         yield "The vLLM kernel computes every pair: it has no skipping."
-    if bench.overhead is not None:
-        each = bench.overhead
+    for each in bench.overhead:
         yield (
-            f"Decode step of {options.layers} layers, nothing skipped: {each.step_us:.0f} us; around the generated code "
-            f"{each.regions_us:.0f} (guards, look-ups, wrappers), modality ids {each.modality_us:.0f}: {each.share:.1%} of it."
+            f'Decode step of {options.layers} layers, nothing skipped, region="{each.region}": {each.step_us:.0f} us; around '
+            f"the generated code {each.regions_us:.0f} (guards, look-ups, wrappers), modality ids {each.modality_us:.0f}: "
+            f"{each.share:.1%} of it."
         )
     for name, why in bench.failed.items():
         yield f"Left out: {name}: {why}."

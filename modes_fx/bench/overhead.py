@@ -1,7 +1,7 @@
 """What modes-fx adds around the generated code of a decode step.
 
-With every pair kept, two clocks run in each MoE block: one around the call of its compiled region, one around the code that
-Inductor generated for it. Between them lie dynamo's guards, the look-up of the layer and its thresholds, and AOTAutograd's
+With every pair kept, two clocks run in each region: one around its compiled call, one around the code that Inductor generated
+for it. Between them lie dynamo's guards, the look-up of the layer and its thresholds, and AOTAutograd's
 wrapper. With the modality ids that the watch on the stack makes, timed on their own, that is all a step has beside its work.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from modes_fx.compare.speed import Setting, stock_twin
 from modes_fx.modality import token_modality
 from modes_fx.optimize import optimize, optimized_state, restore
-from modes_fx.regions import find_moe_layers
+from modes_fx.regions import Region, find_moe_layers
 
 _WARM_UP = 5
 
@@ -29,12 +29,14 @@ class Overhead:
     """Medians over decode steps, in microseconds.
 
     Attributes:
+        region: What is compiled.
         step_us: A whole step of the stack.
-        regions_us: Around the generated code of all its MoE blocks: guards, look-ups, wrappers.
+        regions_us: Around the generated code of all regions: guards, look-ups, wrappers.
         modality_us: Making the modality ids.
         share: Of the step, both.
     """
 
+    region: Region
     step_us: float
     regions_us: float
     modality_us: float
@@ -58,11 +60,12 @@ class _Clock:
         return timed
 
 
-def measure(stack: Any, arguments: Callable[[int], dict[str, Any]], steps: int, classes: Tensor) -> Overhead:
+def measure(stack: Any, region: Region, arguments: Callable[[int], dict[str, Any]], steps: int, classes: Tensor) -> Overhead:
     """Measure decode steps of a stack; it stays as it was.
 
     Args:
         stack: Decoder layers.
+        region: What to compile.
         arguments: Given a number, returns fresh arguments of a decode step.
         steps: Steps to time.
         classes: int64 [1, 1], the token's class.
@@ -77,11 +80,11 @@ def measure(stack: Any, arguments: Callable[[int], dict[str, Any]], steps: int, 
         generated: Any = compile_graph(*args, **kwargs)
         return inside.around(generated)
 
-    optimize(model)
+    optimize(model, region=region)
     try:
-        for layer in find_moe_layers(model):
-            call: Any = layer.block._compiled_call_impl
-            layer.block._compiled_call_impl = outside.around(call)
+        for module in dict.fromkeys(layer.region(region) for layer in find_moe_layers(model)):
+            call: Any = module._compiled_call_impl
+            module._compiled_call_impl = outside.around(call)
         for watch in optimized_state(model).watches:
             watch._about = watched.around(watch._about)
         whole, around, ids = [], [], []
@@ -96,9 +99,10 @@ def measure(stack: Any, arguments: Callable[[int], dict[str, Any]], steps: int, 
                     raise RuntimeError("no call of the code that Inductor generated was seen: it is reached another way now")
                 if index >= 0:
                     whole.append(1e6 * seconds)
-                    around.append(1e6 * (outside.seconds - inside.seconds))
+                    # The stack's watch stands in front of the stack's region, so that the clock takes both.
+                    around.append(1e6 * (outside.seconds - inside.seconds - (watched.seconds if region == "model" else 0)))
                     ids.append(1e6 * watched.seconds)
     finally:
         restore(model)
     step, regions, modality = (statistics.median(column) for column in (whole, around, ids))
-    return Overhead(step, regions, modality, (regions + modality) / step)
+    return Overhead(region, step, regions, modality, (regions + modality) / step)

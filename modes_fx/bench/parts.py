@@ -82,14 +82,14 @@ class Bench:
         machines: One for each number of threads.
         popularity: Share of the pairs of the experts chosen most: the first, and the first tenth of them.
         rows: Times, in the order they were taken.
-        overhead: See ``overhead.Overhead``; None if it was not measured.
+        overhead: See ``overhead.Overhead``; of each region that was measured.
         failed: Why a setting does not run, by name.
     """
 
     machines: list[Machine] = field(default_factory=list)
     popularity: tuple[float, float] = (0.0, 0.0)
     rows: list[Row] = field(default_factory=list)
-    overhead: overhead.Overhead | None = None
+    overhead: list[overhead.Overhead] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -142,9 +142,7 @@ class _Run:
         if "layers" in self.options.parts:
             self._layers(machine)
         if "overhead" in self.options.parts:
-            rounds = 10 * self.options.rounds
-            decode = self._decode_arguments()
-            self.found.overhead = overhead.measure(self.stack, decode, rounds, torch.zeros(1, 1, dtype=torch.int64))
+            self._overhead()
         return self.found
 
     def _block(self, twins: Twins, machine: Machine) -> None:
@@ -178,6 +176,12 @@ class _Run:
             limit = self._limit(self.stack, arguments, ids, machine, context)
             work = Work("layers", phase, tokens, ids, arguments, limit)  # type: ignore[arg-type]
             self._time(work, contenders, f"{self.options.layers} layers, {phase}")
+
+    def _overhead(self) -> None:
+        decode, steps, token = self._decode_arguments(), 10 * self.options.rounds, torch.zeros(1, 1, dtype=torch.int64)
+        for region in ("moe", "model"):
+            self.found.overhead.append(overhead.measure(self.stack, region, decode, steps, token))
+            self.keep(self.found)
 
     def _time(self, work: Work, contenders: list[Contender], name: str) -> None:
         rounds = self.options.rounds * (3 if work.phase == "decode" else 1)
