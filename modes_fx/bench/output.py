@@ -24,7 +24,7 @@ from modes_fx.timing import cpu_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-JSON_SCHEMA = 1
+JSON_SCHEMA = 2
 _SLACK = 1.05  # a rise within the noise of a median is none
 _SIZES = ("hidden_size", "moe_intermediate_size", "intermediate_size", "num_experts", "num_local_experts", "n_routed_experts",
           "num_experts_per_tok")  # fmt: skip

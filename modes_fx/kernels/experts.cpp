@@ -181,11 +181,13 @@ Experts<T> experts_of(const Tensor& weight, const Tensor& offsets) {
 }
 
 template <typename T>
-void multiply_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const Experts<T>& experts, T* out) {
+void multiply_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const Experts<T>& experts, T* out,
+                   const T* bias = nullptr) {
   const T* from = x.const_data_ptr<T>();
   experts.share([=, stride = x.stride(0)](int64_t r) { return from + (pairs ? pairs[r] / top_k : r) * stride; },
                 [=, columns = experts.columns](int64_t r, int64_t n, const float* values, int count) {
-                  for (int j = 0; j < count; ++j) out[r * columns + n + j] = T(values[j]);
+                  for (int j = 0; j < count; ++j)
+                    out[r * columns + n + j] = T(bias ? values[j] + float(bias[n + j]) : values[j]);
                 });
 }
 
@@ -285,28 +287,23 @@ Tensor linear_combine(const Tensor& x, const Tensor& pairs, int64_t top_k, const
   return out;
 }
 
-// For many rows ATen's product is faster. 2 to 16 MB of weights from memory, on 1 and 2 threads (AVX-512
-// BF16), take .4 to .9 of ATen's time up to 16 rows, .7 to .9 at 32, 1 at 64 in bfloat16; less in float32.
-constexpr int64_t kFewRows = 16;
+constexpr int64_t kFewRows = 16;  // for more, ATen's product gains on ours: benchmarks/few_rows.py
 
 Tensor dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   TORCH_CHECK(weight.dim() == 2 && x.dim() && x.size(-1) == weight.size(1), "x [..., D] and weight [N, D] do not fit");
   TORCH_CHECK(weight.stride(1) == 1 || weight.size(1) == 1, "weight does not lie along its last dimension");
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias is [N]");
-  int64_t inner = weight.size(1), columns = weight.size(0), count = inner ? x.numel() / inner : 0;
-  if (count > kFewRows || !count) return at::linear(x, weight, bias);
-  std::vector<int64_t> shape = x.sizes().vec(), offsets = {0, count};
+  int64_t inner = weight.size(1), columns = weight.size(0), rows = inner ? x.numel() / inner : 0;
+  if (rows > kFewRows || !rows) return at::linear(x, weight, bias);
+  std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = columns;
-  Tensor given = x.contiguous(), added = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  int64_t offsets[] = {0, rows};
+  Tensor given = x.reshape({rows, inner}).contiguous(), added = bias ? bias->contiguous() : Tensor();
   Tensor out = at::empty(shape, x.options());
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    const float* first = bias ? added.const_data_ptr<float>() : nullptr;
-    Experts<T> whole{weight.const_data_ptr<T>(), 0, weight.stride(0), 1, columns, inner, offsets.data()};
-    whole.share([=, from = given.const_data_ptr<T>()](int64_t r) { return from + r * inner; },
-                [=, to = out.mutable_data_ptr<T>()](int64_t r, int64_t n, const float* values, int among) {
-                  for (int j = 0; j < among; ++j) to[r * columns + n + j] = T(first ? values[j] + first[n + j] : values[j]);
-                });
+    Experts<T> whole{weight.const_data_ptr<T>(), 0, weight.stride(0), 1, columns, inner, offsets};
+    multiply_rows<T>(given, nullptr, 1, whole, out.mutable_data_ptr<T>(), bias ? added.const_data_ptr<T>() : nullptr);
   });
   return out;
 }
