@@ -11,60 +11,30 @@ between two sets of thresholds that were measured. At the first layer of a forwa
 reach the target for its numbers of text and visual tokens. After each layer the pairs dropped are compared with those expected,
 and the layers that are left take the position that is expected to make up for the difference.
 
-All of that stays on the device, as inputs of the compiled regions: nothing synchronises and nothing is compiled anew. Where one
-region holds all layers, their bounds are needed before the first has run, and only the first step is taken. Decode steps keep
-fixed thresholds: the few pairs of a step are no sample to steer by.
+All of that is part of the forward's graph: nothing synchronises, and another budget compiles nothing. Decode steps keep fixed
+thresholds: the few pairs of a step are no sample to steer by.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from modes_fx.errors import PlanError
-from modes_fx.modality import MODALITIES, Tokens
+from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan
 
 _POSITIONS = 64
 
 
-@dataclass
-class _Forward:
-    """One forward on its way: what it was steered by so far.
-
-    Attributes:
-        budget: Steers it.
-        tokens: Those of the forward.
-        layer: Last layer that was asked for.
-        counts: float32 [2], its text and visual tokens.
-        base: int64 [1], position that is expected to meet the target.
-        owed: float32 [1], pairs that should have been dropped and were not, in units of K.
-    """
-
-    budget: Budget
-    tokens: Tokens
-    layer: int
-    counts: Tensor
-    base: Tensor
-    owed: Tensor
-
-    def move(self, device: torch.device) -> None:
-        """Follow the layers to the device that they are on."""
-        if self.owed.device != device:
-            self.counts, self.base, self.owed = (each.to(device) for each in (self.counts, self.base, self.owed))
-
-
-_forward: ContextVar[_Forward | None] = ContextVar("modes_fx_budgeted_forward", default=None)
-
-
 class Budget:
-    """Bounds for ``ModelRuntime.set_bounds`` that follow a target.
+    """Bounds that follow a target; see ``graph.runtime.Runtime.set_bounds``.
 
     Args:
         fixed: float32 [2, L, 2], bounds for (prefill, decode) and (text, vision); those of decode steps are in force.
@@ -76,60 +46,63 @@ class Budget:
     def __init__(self, fixed: Tensor, path: Tensor, shares: Tensor, aim: float) -> None:
         self.fixed = fixed
         self.aim = aim
+        # Positions beyond the end repeat it, so that graphs of fixed shapes serve paths of any usual length.
+        beyond = -len(path) % _POSITIONS
+        path, shares = (torch.cat([each, each[-1:].expand(beyond, -1, -1)]) for each in (path, shares))
         padding = torch.full_like(path[..., :1], math.inf)
-        rows_LGC = torch.cat([path, padding], dim=2).transpose(0, 1).contiguous()
-        shares_LGM = shares.transpose(0, 1).contiguous()
-        ahead_LGM = shares_LGM.flip(0).cumsum(0).flip(0)  # of a layer and all after it
-        self._tables = {torch.device("cpu"): list(zip(rows_LGC, shares_LGM, ahead_LGM, strict=True))}
+        self._rows_LGC = torch.cat([path, padding], dim=2).transpose(0, 1).contiguous()
+        self._shares_LGM = shares.transpose(0, 1).contiguous()
+        self._ahead_LGM = self._shares_LGM.flip(0).cumsum(0).flip(0)  # of a layer and all after it
 
-    def row(self, layer: int, tokens: Tokens, token_class: Tensor) -> Tensor:
-        """Return a layer's bounds, float32 [classes], for the running forward.
+    def to(self, device: torch.device) -> Budget:
+        """Return the same on a device."""
+        moved = copy.copy(self)
+        for name in ("_rows_LGC", "_shares_LGM", "_ahead_LGM"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
 
-        Args:
-            layer: Index of the layer.
-            tokens: The forward's tokens.
-            token_class: int64 [T], their classes.
-        """
-        with torch.inference_mode(False):
-            tables = self._on(token_class.device)
-            rows_GC, _, ahead_GM = tables[layer]
-            forward = _forward.get()
-            if forward is None or forward.budget is not self or forward.tokens is not tokens or layer <= forward.layer:
-                counts = torch.stack([(token_class == index).sum() for index in range(len(MODALITIES))]).float()
-                wanted = self.aim * (len(tables) - layer) * counts.sum(dim=0, keepdim=True)
-                base = torch.searchsorted(ahead_GM @ counts, wanted).clamp(max=len(rows_GC) - 1)
-                forward = _Forward(self, tokens, layer, counts, base, torch.zeros_like(wanted))
-                _forward.set(forward)
-            forward.layer = layer
-            forward.move(token_class.device)
-            expected_G = ahead_GM @ forward.counts
-            wanted = expected_G.index_select(0, forward.base) + forward.owed
-            position = torch.searchsorted(expected_G, wanted).clamp(max=len(rows_GC) - 1)
-            return rows_GC.index_select(0, position).view(-1)
 
-    def note(self, layer: int, top_k: int, kept: Tensor) -> None:
-        """Take note of what a layer kept.
+class Steering:
+    """One prefill on its way: what it was steered by so far.
 
-        Args:
-            layer: Index of the layer.
-            top_k: K.
-            kept: Pairs, an integer of one element.
-        """
-        forward = _forward.get()
-        if forward is None or forward.budget is not self:
-            return
-        with torch.inference_mode(False):
-            forward.move(kept.device)
-            _, shares_GM, _ = self._on(kept.device)[layer]
-            expected = shares_GM.index_select(0, forward.base) @ forward.counts
-            forward.owed = forward.owed + expected - forward.counts.sum() + kept / top_k
+    Args:
+        budget: Steers it.
+        classes: int64 [T], the classes of its tokens.
+        layer: Index of the first layer that asks.
+    """
 
-    def _on(self, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return each layer's bounds [G, C], expected shares [G, 2] and, summed with those of all layers after it, [G, 2]."""
-        if device not in self._tables:
-            tables = self._tables[torch.device("cpu")]
-            self._tables[device] = [(rows.to(device), shares.to(device), ahead.to(device)) for rows, shares, ahead in tables]
-        return self._tables[device]
+    def __init__(self, budget: Budget, classes: Tensor, layer: int) -> None:
+        self._budget = budget
+        self._aim = budget.aim
+        self._counts = torch.stack([(classes == index).sum() for index in range(len(MODALITIES))]).float()
+        wanted = self._aim * (len(budget._ahead_LGM) - layer) * self._counts.sum(dim=0, keepdim=True)
+        self._base = self._position(layer, wanted)  # int64 [1], the one that is expected to meet the target
+        self._owed = torch.zeros_like(wanted)  # pairs that should have been dropped and were not, in units of K
+
+    def row(self, layer: int) -> Tensor:
+        """Return a layer's bounds, float32 [classes]."""
+        self._follow(self._budget._rows_LGC.device)
+        wanted = self._expected(layer).index_select(0, self._base) + self._owed
+        return self._budget._rows_LGC[layer].index_select(0, self._position(layer, wanted)).view(-1)
+
+    def note(self, layer: int, keep_TK: Tensor) -> None:
+        """Take note of what a layer kept, bool [T, K]."""
+        self._follow(keep_TK.device)
+        shares_GM = self._budget._shares_LGM[layer].to(keep_TK.device)
+        expected = shares_GM.index_select(0, self._base) @ self._counts
+        self._owed = self._owed + expected - self._counts.sum() + keep_TK.sum() / keep_TK.shape[1]
+
+    def _expected(self, layer: int) -> Tensor:
+        return self._budget._ahead_LGM[layer] @ self._counts
+
+    def _position(self, layer: int, wanted: Tensor) -> Tensor:
+        expected_G = self._expected(layer)
+        return torch.searchsorted(expected_G, wanted).clamp(max=expected_G.shape[0] - 1)
+
+    def _follow(self, device: torch.device) -> None:
+        """Go to the device where the layers are."""
+        if self._owed.device != device:
+            self._counts, self._base, self._owed = (each.to(device) for each in (self._counts, self._base, self._owed))
 
 
 def budget_of(plan: SkipPlan, num_layers: int, fixed: Tensor, target: float | None) -> Budget:

@@ -1,34 +1,36 @@
-"""optimize() and what goes with it: choose regions, compile them in place, watch the forward's modality."""
+"""optimize() and what goes with it: mark the experts, watch the forward's modality, compile regions in place."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 
-from modes_fx.backend import SkipBackend, inductor_settings
 from modes_fx.budget import Budget, budget_of
 from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
-from modes_fx.experts import IMPLEMENTATION, left_in_a_copy
+from modes_fx.graph import hook
+from modes_fx.graph.backend import SkipBackend, inductor_settings
+from modes_fx.graph.experts import IMPLEMENTATION, Site, attach, dispatch_of, left_in_a_copy
+from modes_fx.graph.experts import Dispatch as ExpertsDispatch
+from modes_fx.graph.probe import probe
+from modes_fx.graph.protection import watch_attention
+from modes_fx.graph.regions import OneLayer, Regions, compiled_block, compiled_module
+from modes_fx.graph.runtime import Runtime
+from modes_fx.graph.watch import GroupWatch, Watch, watch_modality
 from modes_fx.kernels.packed import Packing
+from modes_fx.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
-from modes_fx.policies import RULES
-from modes_fx.probe import probe
-from modes_fx.protection import watch_attention
 from modes_fx.quantise.support import support_quantised
-from modes_fx.regions import CompiledRegions, MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.report import Report, SiteReport, SkipStats
-from modes_fx.runtime import ModelRuntime
-from modes_fx.watch import GroupWatch, Watch, watch_modality
 
 logger = logging.getLogger(__name__)
 
@@ -36,35 +38,49 @@ logger = logging.getLogger(__name__)
 class _Optimized:
     """All that ``optimize`` did to a model, and how to undo it."""
 
-    def __init__(self, model: nn.Module, layers: list[MoeLayer], region: Region, rule: str) -> None:
+    def __init__(self, model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> None:
         self.region: Region = region
         self.rule = rule
         self.layers = layers
         self.rejections: dict[int, SiteRecord] = {}
-        self.runtime = ModelRuntime(layers, RULES[rule])
+        self.runtime = Runtime(layers, rule, dispatch)
         self.model_name = type(model).__name__
         self.watches: list[Watch] = []
-        self.regions = CompiledRegions()
+        self.regions = Regions(self.runtime)
         self.conversions = Conversions()
         self.packing = Packing()
         self.experts_before: list[tuple[Any, Any]] = []
+        self.sites_before: list[tuple[nn.Module, Site | None]] = []
         self.attention_before: list[tuple[Any, str]] = []
 
     def __reduce__(self) -> Any:
         return left_in_a_copy, ()  # a copied or pickled model is not optimised: compiled regions do not travel
 
     @property
-    def rewritten(self) -> list[MoeLayer]:
-        return [layer for index, layer in enumerate(self.layers) if index in self.runtime.sites]
+    def rewritten(self) -> list[tuple[int, MoeLayer]]:
+        return [(index, layer) for index, layer in enumerate(self.layers) if index in self.runtime.sites]
+
+    def check(self) -> None:
+        """Refuse a forward whose experts were told to run otherwise since: they would compute all pairs."""
+        for config, _ in self.experts_before:
+            if config._experts_implementation != IMPLEMENTATION:
+                raise ModelError(
+                    f"The experts of this {self.model_name} were set to {config._experts_implementation!r} after optimize(), so "
+                    "that they would skip nothing. Call modes_fx.optimize() again to skip, or modes_fx.restore() and then "
+                    "set_experts_implementation() to run them so."
+                )
 
     def undo(self) -> None:
-        for watch in self.watches:
+        for watch in reversed(self.watches):
             watch.remove()
         self.regions.remove()
         self.packing.undo()
+        for experts, site in self.sites_before:
+            attach(experts, site)
         self.conversions.undo()
         for config, implementation in self.experts_before:
-            config._experts_implementation = implementation
+            if config._experts_implementation == IMPLEMENTATION:
+                config._experts_implementation = implementation
         for config, attention in self.attention_before:
             config._attn_implementation = attention
 
@@ -92,7 +108,7 @@ def optimize(
 
     Args:
         model: A Hugging Face model whose experts use transformers' dispatch (64 families do), or whose MoE blocks can be
-            converted to it (``modes_fx.convert``): these are for inference alone, with ``region="moe"``.
+            converted to it (``modes_fx.convert``): these are for inference alone. Or ``torch.compile`` of one.
         plan: A plan, or the path of one. None keeps every expert.
         target: Target skip ratio, one of ``plan.targets`` or any in ``plan.target_range``, see ``SkipPlan.point``; None takes
             the largest of ``plan.targets``.
@@ -116,12 +132,12 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it or MoE blocks have to be converted; or
-            ``prepack`` has nothing to pack.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it; or ``prepack`` has nothing to pack.
         ModesFxError: An unknown region, dispatch or mode.
 
     In every case the model is left as it was, but for one that was optimised before: that may be left restored.
     """
+    given, model = model, _own(model)
     if not isinstance(model, nn.Module):
         raise ModelError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}.")
     _check_choice("region", region, ("moe", "layer", "model"))
@@ -140,22 +156,20 @@ def optimize(
         if not state.runtime.sites:
             raise _no_site(state)
         if prepack:
-            state.packing.pack([layer.experts for layer in state.rewritten if layer.stands_for is None])
-        _compile(state, dispatch, dynamic, settings)
-        # last, so that watches stand in front of regions
-        state.watches = watch_modality(
-            model, state.layers, region, lambda: not state.runtime.keeps_all, state.conversions.check_called
-        )
+            state.packing.pack([layer.experts for _, layer in state.rewritten if layer.stands_for is None])
+        _compile(state, dynamic, settings)
+        state.watches = watch_modality(model, state.layers, state.runtime, state.check)
         if state.runtime.rule.protects:
-            watches, state.attention_before = watch_attention(state.layers, region)
+            watches, state.attention_before = watch_attention(state.layers, state.runtime)
             state.watches += watches
         _put_in_force(state, plan, bounds)
     except BaseException:
         state.undo()
         raise
-    setattr(model, _ATTRIBUTE, state)
+    vars(model)[_ATTRIBUTE] = state
+    hook.install()
     logger.info("%s: %d of %d routing sites rewritten", state.model_name, len(report(model).rewritten), len(layers))
-    return model
+    return given
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -166,7 +180,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     state = optimized_state(model)
     state.undo()
-    delattr(model, _ATTRIBUTE)
+    del vars(_own(model))[_ATTRIBUTE]
     return model
 
 
@@ -210,9 +224,8 @@ def _put_in_force(state: _Optimized, plan: SkipPlan | None, bounds: Tensor | Bud
             f"{state.model_name} has experts of its own for each modality, so that no layer sees all tokens of a forward, by "
             'which a budget is kept. Use fixed thresholds: dataclasses.replace(plan, mode="fixed").'
         )
-    if plan is not None and plan.tables is not None:
-        state.runtime.set_tables(plan.table_tensors(len(state.layers)))
-    state.runtime.set_bounds(bounds)
+    tables = plan.table_tensors(len(state.layers)) if plan is not None and plan.tables is not None else None
+    state.runtime.set_bounds(bounds, tables)
 
 
 def report(model: nn.Module) -> Report:
@@ -226,20 +239,29 @@ def report(model: nn.Module) -> Report:
 
 def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> _Optimized:
     """Trace every site of a model, for ``optimize`` and ``inspect``; what that changed is changed back by ``undo``."""
-    state = _Optimized(model, layers, region, rule)
+    state = _Optimized(model, layers, region, dispatch, rule)
     try:
         state.experts_before = _name_implementation(layers)
-        _convert(state)
+        state.layers, state.rejections = state.conversions.convert(state.layers)
+        state.runtime.layers = tuple(state.layers)
         state.rejections |= support_quantised(layers)
-        state.layers, state.rejections = probe(state.layers, state.runtime, dispatch, state.rejections)
+        for index, layer in enumerate(state.layers):
+            state.sites_before.append((layer.experts, attach(layer.experts, Site(state.runtime, index, _uncompiled))))
+        state.layers, state.rejections = probe(state.layers, state.runtime, state.rejections)
         for index in state.rejections:
             if (block := state.layers[index].stands_for) is not None:
                 state.conversions.undo(block)
+            attach(state.layers[index].experts, None)
             state.layers[index] = layers[index]
+        state.runtime.layers = tuple(state.layers)
     except BaseException:
         state.undo()
         raise
     return state
+
+
+def _uncompiled(experts: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    return dispatch_of(experts)(experts, hidden_TH, ids_TK, weights_TK)
 
 
 def report_of(state: _Optimized) -> Report:
@@ -264,6 +286,7 @@ def optimized_state(model: nn.Module) -> _Optimized:
     Raises:
         NotOptimizedError: The model is not optimised.
     """
+    model = _own(model)
     state = getattr(model, _ATTRIBUTE, None)
     if not isinstance(state, _Optimized):
         raise NotOptimizedError(
@@ -274,7 +297,12 @@ def optimized_state(model: nn.Module) -> _Optimized:
 
 def is_optimized(model: nn.Module) -> bool:
     """Return whether ``optimize`` was called on the model and not undone."""
-    return isinstance(getattr(model, _ATTRIBUTE, None), _Optimized)
+    return isinstance(getattr(_own(model), _ATTRIBUTE, None), _Optimized)
+
+
+def _own(model: Any) -> Any:
+    """Return the model itself, where ``torch.compile(model)`` of it was given."""
+    return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
 def _site_report(layer: MoeLayer, record: SiteRecord) -> SiteReport:
@@ -353,17 +381,6 @@ def _name_implementation(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
     return before
 
 
-def _convert(state: _Optimized) -> None:
-    state.layers, state.rejections = state.conversions.convert(state.layers)
-    state.runtime.layers = tuple(state.layers)
-    if len(state.conversions) and state.region != "moe":
-        name = next(layer.name for layer in state.layers if layer.stands_for is not None)
-        raise ModelError(
-            f"{name} and its like have to be converted, which a trace of the layer around them does not see. "
-            f'Use region="moe" instead of {state.region!r}.'
-        )
-
-
 def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
     """Refuse to compile over what accelerate wraps around modules to move their weights; a block is then left as it is."""
     for module in {id(layer.region(region)): layer.region(region) for layer in layers if region != "moe"}.values():
@@ -374,16 +391,31 @@ def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
             )
 
 
-def _compile(state: _Optimized, dispatch: Dispatch, dynamic: bool | None, settings: Mapping[str, Any]) -> None:
-    skip = SkipBackend(state.runtime, state.runtime.rule.keep, dispatch, require_site=True)
-    backend = partial(skip, **settings)
-    regions: dict[type, list[nn.Module]] = {}
-    for layer in state.rewritten:
-        module = layer.region(state.region)
-        # A stand-in's experts alone, where its router cannot be traced, are compiled in place: no interface calls them.
-        in_place = module is not layer.experts or layer.stands_for is not None
-        if in_place and not any(module is known for known in regions.get(type(module), ())):
-            regions.setdefault(type(module), []).append(module)
-    for modules in regions.values():
-        state.regions.add(modules, backend, dynamic, share=state.region == "moe")
-    state.regions.add_alone([layer.experts for layer in state.rewritten if layer.stands_for is None], backend, dynamic)
+def _compile(state: _Optimized, dynamic: bool | None, settings: Mapping[str, Any]) -> None:
+    """Compile the regions, and the experts for calls that pass the regions around them by; on the first call of each."""
+
+    def noted(sites: tuple[SiteRecord, ...]) -> None:
+        state.runtime.graphs += 1
+        for site in sites:
+            if site.layer >= 0:
+                state.runtime.sites[site.layer] = site
+
+    backend = SkipBackend(noted, require_site=True, **settings)
+    wider: dict[int, nn.Module] = {}
+    blocks: dict[type, Callable[..., Any]] = {}  # of one class, which differ by their parameters alone: they share their graphs
+    alone: dict[Any, Callable[..., Any]] = {}
+    for index, layer in state.rewritten:
+        dispatch: ExpertsDispatch = dispatch_of(layer.experts)
+        if dispatch not in alone:
+            alone[dispatch] = compiled_block(backend, dispatch, dynamic=dynamic)
+        attach(layer.experts, Site(state.runtime, index, OneLayer(state.runtime, index, alone[dispatch])))
+        if state.region != "moe":
+            module = layer.region(state.region)
+            wider[id(module)] = module
+        elif layer.block is not layer.experts:
+            kind = type(layer.block)
+            if kind not in blocks:
+                blocks[kind] = compiled_block(backend, dynamic=dynamic)
+            state.regions.add_block(index, layer.block, blocks[kind])
+    for module in wider.values():
+        state.regions.add(module, compiled_module(backend, dynamic=dynamic))

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from modes_fx.errors import ModesFxError
-from modes_fx.modality import MODALITIES, PADDING, Phase, Tokens
+from modes_fx.modality import MODALITIES, Phase
 from modes_fx.passes.site import SiteRecord
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -134,8 +134,9 @@ class GraphReport:
 class SkipStats:
     """Counts of routed and of kept (token, expert) pairs, by layer, modality and phase.
 
-    Kept pairs are counted from the rows that the experts computed, not predicted from thresholds. Recording is
-    off until asked for, and costs nothing then::
+    Kept pairs are counted by the very mask that selects the rows that the experts compute, when a forward ends. Recording is off
+    until asked for, and costs nothing then; a graph around whole layers (``region="layer"`` and ``"model"``, ``torch.compile``,
+    a static cache) is compiled once more when it is switched on::
 
         with modes_fx.stats(model) as stats:
             model.generate(**inputs)
@@ -147,8 +148,8 @@ class SkipStats:
     def __init__(self, layers: tuple[str, ...]) -> None:
         self.layers = layers
         self.recording = False
-        self._routed = torch.zeros(len(layers), len(MODALITIES), len(PHASES), dtype=torch.int64)
-        self._kept = torch.zeros_like(self._routed)
+        with torch.inference_mode(False):
+            self._pairs = torch.zeros(len(layers), len(MODALITIES), len(PHASES), 2, dtype=torch.int64)
         self._before: list[bool] = []  # what each enclosing `with` block found
         self._by_token: list[tuple[int, Tensor]] | None = None
 
@@ -164,8 +165,7 @@ class SkipStats:
 
     def reset(self) -> SkipStats:
         """Set all counts to 0."""
-        self._routed.zero_()
-        self._kept.zero_()
+        self._pairs.zero_()
         return self
 
     @contextlib.contextmanager
@@ -176,7 +176,10 @@ class SkipStats:
 
     @contextlib.contextmanager
     def by_token(self) -> Iterator[list[tuple[int, Tensor]]]:
-        """Count inside the block, and yield a list that grows by (layer, int64 [T], experts kept of each token) a dispatch."""
+        """Count inside the block, and yield a list that grows by (layer, int64 [T], experts kept of each token) a dispatch.
+
+        Dispatches inside a graph around whole layers are not seen.
+        """
         self._by_token, before = [], self._by_token
         try:
             with self.counting():
@@ -194,12 +197,12 @@ class SkipStats:
     @property
     def pairs_routed(self) -> Tensor:
         """int64 [layers, modalities (text, vision), phases (prefill, decode)]: pairs that the routers chose."""
-        return self._routed.clone()
+        return self._pairs[..., 0].cpu().clone()
 
     @property
     def pairs_kept(self) -> Tensor:
         """int64, same shape: pairs whose experts were computed."""
-        return self._kept.clone()
+        return self._pairs[..., 1].cpu().clone()
 
     def skip_ratio(self, *, layer: int | None = None, modality: str | None = None, phase: str | None = None) -> float:
         """Return dropped / routed pairs, in [0, 1], over what is selected; NaN where nothing was routed.
@@ -212,30 +215,25 @@ class SkipStats:
             _position("modality", modality, MODALITIES),
             _position("phase", phase, PHASES),
         )
-        routed = int(self._routed[index].sum())
-        return 1 - int(self._kept[index].sum()) / routed if routed else float("nan")
+        routed = int(self.pairs_routed[index].sum())
+        return 1 - int(self.pairs_kept[index].sum()) / routed if routed else float("nan")
 
-    def count(self, layer: int, top_k: int, pairs: Tensor, tokens: Tokens) -> None:
-        """Add one dispatch.
+    def add(self, pairs: Tensor) -> None:
+        """Add what a forward counted, int64 [layers, modalities, phases, 2]: pairs routed and kept."""
+        self._pairs += pairs
 
-        Args:
-            layer: Index of the layer.
-            top_k: K.
-            pairs: int64, the pair (token * K + rank) of each row computed, in any order; -1 for a row without a pair.
-            tokens: The tokens that were routed.
-        """
-        classes = tokens.ids.reshape(-1).to(pairs.device)
-        routed = torch.bincount(classes, minlength=PADDING + 1) * top_k
-        of_pair = pairs[pairs >= 0] // top_k
-        kept = torch.bincount(classes[of_pair], minlength=PADDING + 1)
+    def see(self, layer: int, keep_TK: Tensor) -> None:
+        """Note what each token of one dispatch keeps, bool [T, K], if somebody asked by ``by_token``."""
         if self._by_token is not None:
-            self._by_token.append((layer, torch.bincount(of_pair, minlength=len(classes)).cpu()))
-        phase = PHASES.index(tokens.phase)
-        self._routed[layer, :, phase] += routed[:PADDING].cpu()
-        self._kept[layer, :, phase] += kept[:PADDING].cpu()
+            self._by_token.append((layer, keep_TK.sum(dim=1).cpu()))
+
+    def follow(self, device: torch.device) -> None:
+        """Count on this device, where the model's inputs are."""
+        with torch.inference_mode(False):
+            self._pairs = self._pairs.to(device)
 
     def __str__(self) -> str:
-        if not int(self._routed.sum()):
+        if not int(self.pairs_routed.sum()):
             state = "recording, nothing routed yet" if self.recording else "not recording: use `with modes_fx.stats(model):`"
             return f"Skip statistics: {state}"
         headers = ["layer", *(f"{modality} {phase}" for modality in MODALITIES for phase in PHASES)]

@@ -1,6 +1,7 @@
 """Run rewritten graphs without Inductor, and see what reaches the experts' GEMMs."""
 
 import contextlib
+import copy
 import functools
 import importlib
 import operator
@@ -14,11 +15,14 @@ import torch
 import transformers.integrations.moe  # noqa: F401 - registers the float32 GEMM
 from torch import Tensor, fx, nn
 
-from modes_fx.backend import SkipBackend
+from modes_fx.graph import marker
+from modes_fx.graph.backend import SkipBackend, rewrite
 from modes_fx.passes import kept_gemms
-from modes_fx.passes.skip_experts import Binding, Rewritten, skip_experts
+from modes_fx.passes.emit import fake_mode_of, under_fake
+from modes_fx.passes.mark_sites import mark_sites
+from modes_fx.passes.site import RoutingSite, SiteRecord
 from modes_fx.plan import PlanPoint, SkipPlan
-from modes_fx.policies import RULES
+from modes_fx.policies import key_of
 
 GEMMS = (torch.ops.transformers.grouped_mm_fallback, torch._grouped_mm)
 """The float32 form and the bfloat16 form of ``grouped_mm``; ``batched_mm`` has ``torch.bmm``."""
@@ -91,26 +95,107 @@ def uncompiled(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) ->
 
 @dataclass
 class FixedRuntime:
-    """A runtime for one block: the classes and bounds are set by the test."""
+    """What the markers of one block take, set by the test, and what they said was kept."""
 
     token_classes: Tensor | None = None
     bounds: Tensor = field(default_factory=lambda: torch.tensor([0.0, 0.0, float("inf")]))
-    recording: bool = False
-    num_classes: int = 3
-    graphs: list[Rewritten] = field(default_factory=list)
+    table: Tensor | None = None
+    graphs: list[tuple[SiteRecord, ...]] = field(default_factory=list)
     recorded: list[Tensor] = field(default_factory=list)
 
-    def compiled(self, rewritten: Rewritten) -> None:
-        self.graphs.append(rewritten)
-
-    def bind(self, binding: Binding, inputs: Sequence[Any]) -> tuple[int, Tensor, Tensor]:
-        tokens = binding.token_count(inputs)
+    def given(self, tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
         classes = torch.zeros(tokens, dtype=torch.int64) if self.token_classes is None else self.token_classes
         assert len(classes) == tokens
-        return 0, classes, self.bounds
+        return classes, self.bounds, self.table
 
-    def record(self, layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
-        self.recorded.append(pairs)
+
+@dataclass
+class Marked:
+    """A backend that marks the sites of a graph, rewrites them and runs the result: ``FixedRuntime`` is asked in every call.
+
+    The markers' inputs are inputs of the graph that is compiled, as they are of an optimised model's; which pairs are kept is
+    its last output. ``rewritten`` is the graph, ``sites`` are what became of its candidates.
+    """
+
+    runtime: FixedRuntime
+    dispatch: str
+    compile_graph: Callable[..., Any]
+    rule: str = "threshold"
+    sites: tuple[SiteRecord, ...] = ()
+    rewritten: fx.GraphModule | None = None
+    marked_text: str = ""
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        module = fx.GraphModule(module, copy.deepcopy(module.graph))
+        added: list[fx.Node] = []
+
+        def given(site: RoutingSite) -> Any:
+            hidden = next(node for node in module.graph.nodes if node.name == site.hidden_TH)
+            real = self.runtime.given(len(self.runtime.token_classes) if self.runtime.token_classes is not None else 1)
+            tokens = hidden.meta["example_value"].shape[0]
+            shapes = [((tokens,), torch.int64), *((value.shape, value.dtype) for value in real[1:] if value is not None)]
+            nodes = [
+                _placeholder(module.graph, f"modes_fx_{name}_{len(added)}", *of, hidden) for name, of in zip(_GIVEN, shapes)
+            ]
+            added.extend(nodes)
+            return (*nodes, *[None] * (3 - len(nodes)))
+
+        with kernels(self.dispatch):
+            rejected = mark_sites(module.graph, given, key_of(self.rule), dispatch_of(self.dispatch))
+            markers = [node for node in module.graph.nodes if node.target is marker.keep]
+            output = module.graph.output_node()
+            for node in markers:
+                with module.graph.inserting_before(output):
+                    kept = module.graph.call_function(operator.getitem, (node, 1))
+                    kept.meta["example_value"] = node.meta["example_value"][1]
+                output.args = ((*output.args[0], kept),)
+            self.marked_text = text(module)
+            self.sites = (*rejected, *rewrite(module))
+        self.runtime.graphs.append(self.sites)
+        self.rewritten = module
+        run = self.compile_graph(module, (*inputs, *(node.meta["example_value"] for node in added)))
+        hidden = next((node for node in added), None)
+
+        def call(*inputs: Any) -> Any:
+            outputs = run(*inputs, *self._real(module, added, inputs))
+            for kept in outputs[len(outputs) - len(markers) :]:
+                self.runtime.recorded.append(kept.reshape(-1).nonzero().squeeze(1))
+            return outputs[: len(outputs) - len(markers)]
+
+        return call if hidden is not None else run
+
+    def _real(self, module: fx.GraphModule, added: list[fx.Node], inputs: Sequence[Any]) -> list[Tensor]:
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder" and node not in added]
+        wanted = added[0].meta["example_value"].shape[0]
+        tokens = _size(wanted, placeholders, inputs)
+        given = [value for value in self.runtime.given(tokens) if value is not None]
+        return given * (len(added) // len(given))
+
+
+_GIVEN = ("token_class", "bounds", "table")
+
+
+def _placeholder(graph: fx.Graph, name: str, shape: Any, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    with under_fake(fake_mode_of(graph)):
+        node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=like.meta["example_value"].device)
+    return node
+
+
+def _size(wanted: int | torch.SymInt, placeholders: Sequence[fx.Node], inputs: Sequence[Any]) -> int:
+    """Return a size of the traced graph in one of its calls: that of an input which has it."""
+    if isinstance(wanted, int):
+        return wanted
+    for node, value in zip(placeholders, inputs, strict=True):
+        known = node.meta["example_value"]
+        if isinstance(known, torch.SymInt) and known.node.expr == wanted.node.expr:
+            return int(value)
+        for size, actual in zip(getattr(known, "shape", ()), getattr(value, "shape", ()), strict=True):
+            if isinstance(size, torch.SymInt) and size.node.expr == wanted.node.expr:
+                return int(actual)
+    raise AssertionError(f"no input has the size {wanted}")
 
 
 def compiled_block(
@@ -122,13 +207,7 @@ def compiled_block(
     **options: Any,
 ) -> Callable[..., Any]:
     """Return the block as dynamo traces it, rewritten, with a cache of graphs of its own; fullgraph."""
-    backend = SkipBackend(runtime, RULES[rule].keep, dispatch_of(dispatch), compile_graph)
-
-    def traced(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        with kernels(dispatch):
-            return backend(module, inputs)
-
-    return compiled(getattr(block, "forward", block), traced, **options)
+    return compiled(getattr(block, "forward", block), Marked(runtime, dispatch, compile_graph, rule), **options)
 
 
 def dispatch_of(form: str) -> Any:
@@ -157,29 +236,34 @@ def compiled(function: Callable[..., Any], backend: Callable[..., Any], **option
 
 @dataclass
 class Capture:
-    """A backend that keeps dynamo's graph, its text from before the pass and what the pass made of it."""
+    """A backend that keeps dynamo's graph as text and what the passes make of it; the function itself runs as it was."""
 
-    dispatch: str = "compact"
-    graph: fx.GraphModule | None = None
+    marked: Marked
     before: str = ""
-    rewritten: Rewritten | None = None
+    inputs: int = 0
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from modes_fx.backend import _allow_kept_lengths
-
-        _allow_kept_lengths(module)
-        self.graph, self.before = module, text(module)
-        with kernels(self.dispatch):
-            self.rewritten = skip_experts(module, RULES["threshold"].keep, dispatch_of(self.dispatch), 3)
+        self.before = text(module)
+        self.inputs = len(inputs)
+        self.marked(module, inputs)
+        assert text(module) == self.before
         return module.forward
+
+    @property
+    def module(self) -> fx.GraphModule:
+        assert self.marked.rewritten is not None
+        return self.marked.rewritten
+
+    @property
+    def records(self) -> tuple[SiteRecord, ...]:
+        return self.marked.sites
 
 
 def capture(function: Callable[..., Any], *args: Any, dispatch: str = "compact", **options: Any) -> Capture:
-    """Trace ``function`` with fixed shapes and run the pass on its graph; the function itself runs as it was."""
-    backend = Capture(dispatch)
+    """Trace ``function`` with fixed shapes and run the passes on its graph."""
+    backend = Capture(Marked(FixedRuntime(), dispatch, uncompiled))
     with torch.no_grad():
         compiled(function, backend, **{"dynamic": False, **options})(*args)
-    assert backend.rewritten is not None
     return backend
 
 
@@ -212,6 +296,7 @@ def model_state(model: nn.Module) -> dict[str, Any]:
     """All that optimize could change."""
     modules = list(model.modules())
     return {
+        "classes": [type(m) for m in modules],
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._forward_hooks_always_called)) for m in modules],
         "compiled": [m._compiled_call_impl for m in modules],
         "experts": model.get_experts_implementation(),

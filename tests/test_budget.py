@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import modes_fx
-from modes_fx.budget import Budget, bound_above, budget_of, share_below
+from modes_fx.budget import Budget, Steering, bound_above, budget_of, share_below
 from modes_fx.calib import Objective
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.errors import PlanError
-from modes_fx.modality import PADDING, Tokens
+from modes_fx.layers import find_moe_layers
+from modes_fx.modality import PADDING
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
-from modes_fx.regions import find_moe_layers
 from tests import oracle, tiny
 from tests.calib.conftest import with_answers
 from tests.families.vision import VISION
@@ -60,13 +60,12 @@ def plan(weights: Tensor) -> SkipPlan:
 
 def forward(budget: Budget, classes: Tensor, weights_LTK: Tensor, *, feedback: bool = True) -> float:
     """Drop what the budget says, layer by layer, as a model would; return the skip ratio of tokens that are no padding."""
-    tokens, kept = Tokens(classes.unsqueeze(0), "prefill"), 0
+    steering, kept = Steering(budget, classes, 0), 0
     for layer, weights_TK in enumerate(weights_LTK):
-        row = budget.row(layer, tokens, classes)
-        pairs = int((weights_TK >= row[classes].unsqueeze(1)).sum())
-        kept += pairs
+        keep_TK = weights_TK >= steering.row(layer)[classes].unsqueeze(1)
+        kept += int(keep_TK.sum())
         if feedback:
-            budget.note(layer, TOP_K, torch.tensor(pairs, dtype=torch.int32))
+            steering.note(layer, keep_TK)
     return 1 - kept / (int((classes != PADDING).sum()) * TOP_K * len(weights_LTK))
 
 
@@ -96,7 +95,8 @@ def test_equal_weights_are_kept_or_dropped_together() -> None:
 
 
 def test_the_path_ascends_through_the_measured_points_that_do(plan: SkipPlan) -> None:
-    rows, shares, ahead = (torch.stack(tables) for tables in zip(*budget_at(plan)._tables[torch.device("cpu")], strict=True))
+    budget = budget_at(plan)
+    rows, shares, ahead = budget._rows_LGC, budget._shares_LGM, budget._ahead_LGM
     path = rows[..., :2].transpose(0, 1)
     assert path[0].eq(0).all()
     assert path[-1].isinf().all()
@@ -136,25 +136,30 @@ def test_padding_counts_nowhere(plan: SkipPlan) -> None:
     padded = torch.cat([some, torch.zeros(LAYERS, 50, TOP_K)], dim=1)
     assert forward(budget, mixed(40, 60, 50), padded) == forward(budget, mixed(40, 60), some)
     assert forward(budget, mixed(40, 60), some) == pytest.approx(0.5, abs=0.1)
-    assert budget.row(0, Tokens(mixed(0, 0, 3), "prefill"), mixed(0, 0, 3)).shape == (3,)
+    assert Steering(budget, mixed(0, 0, 3), 0).row(0).shape == (3,)
 
 
-def test_each_forward_starts_anew_also_for_the_same_tokens(plan: SkipPlan) -> None:
+def test_each_forward_starts_anew(plan: SkipPlan) -> None:
     budget, classes = budget_at(plan), mixed(10, 20)
-    tokens = Tokens(classes.unsqueeze(0), "prefill")
-    first = budget.row(0, tokens, classes)
-    budget.note(0, TOP_K, torch.tensor(30 * TOP_K))  # nothing was dropped
-    assert (budget.row(1, tokens, classes)[:2] > budget_at(plan).row(1, tokens, classes)[:2]).all()
-    assert budget.row(0, tokens, classes).equal(first)
+    steering, other = Steering(budget, classes, 0), Steering(budget, classes, 0)
+    first = steering.row(0)
+    steering.note(0, torch.ones(30, TOP_K, dtype=torch.bool))  # nothing was dropped
+    assert (steering.row(1)[:2] > other.row(1)[:2]).all()
+    assert Steering(budget, classes, 0).row(0).equal(first)
+
+
+def test_paths_of_other_lengths_have_the_same_shapes(plan: SkipPlan) -> None:
+    budgets = [budget_at(dataclasses.replace(plan, frontier=plan.frontier[:count])) for count in (0, 2, 4)]
+    assert len({budget._rows_LGC.shape for budget in budgets}) == 1
 
 
 def test_nothing_is_asked_back_from_the_device(plan: SkipPlan) -> None:
     """A meta tensor has no values: whatever reads one fails."""
     budget, classes = budget_at(plan), torch.zeros(7, dtype=torch.int64, device="meta")
-    tokens = Tokens(classes.unsqueeze(0), "prefill")
+    steering = Steering(budget.to(torch.device("meta")), classes, 0)
     for layer in range(LAYERS):
-        assert budget.row(layer, tokens, classes).shape == (3,)
-        budget.note(layer, TOP_K, torch.zeros((), dtype=torch.int32, device="meta"))
+        assert steering.row(layer).shape == (3,)
+        steering.note(layer, torch.zeros(7, TOP_K, dtype=torch.bool, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -229,16 +234,10 @@ def test_a_model_keeps_each_input_at_the_target_and_compiles_nothing_for_it(opti
     assert modes_fx.report(optimized_vlm).graphs == graphs
 
 
-def test_fixed_thresholds_note_nothing(optimized_vlm: nn.Module) -> None:
-    plan = searched(optimized_vlm, tiny.mixed_batch())
-    runtime = optimized_state(optimized_vlm).runtime
-    modes_fx.set_plan(optimized_vlm, plan, 0.5)
-    assert runtime.recording
-    modes_fx.set_plan(optimized_vlm, dataclasses.replace(plan, mode="fixed"), 0.5)
-    assert not runtime.recording
-    modes_fx.set_plan(optimized_vlm, plan, 0.5)
+def test_steering_is_not_counting(optimized_vlm: nn.Module) -> None:
+    modes_fx.set_plan(optimized_vlm, searched(optimized_vlm, tiny.mixed_batch()), 0.5)
     logits(optimized_vlm, tiny.mixed_batch())
-    assert int(modes_fx.stats(optimized_vlm).pairs_routed.sum()) == 0  # steering is not counting
+    assert int(modes_fx.stats(optimized_vlm).pairs_routed.sum()) == 0
 
 
 def test_decode_steps_keep_their_fixed_thresholds(optimized_vlm: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import modes_fx
-from modes_fx.backend import inductor
+from modes_fx.graph.backend import inductor
 from tests import harness, oracle, tiny
 from tests.harness import logits, plan_of, relative_error
 from tests.passes.conftest import FORMS, STOCK, Routing, assert_close, expected, form_id

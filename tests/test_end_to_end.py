@@ -130,23 +130,6 @@ def test_bfloat16_counts_are_the_dispatched_ones_and_decoding_works(
     assert torch.isfinite(logits(compiled_bfloat16, inputs)).all()
 
 
-def test_the_batched_dispatch_skips_what_the_oracle_drops_in_few_graphs(compiled: nn.Module, inputs: dict[str, Tensor]) -> None:
-    classes = tiny.classes(inputs)
-    bounds = oracle.random_bounds(tiny.make(), classes, seed=8, **inputs)
-    wanted = oracle.Oracle(tiny.make(), bounds)
-    expected = wanted(classes, **inputs, use_cache=False).logits
-    modes_fx.set_plan(compiled, plan_of(bounds))
-    logits(compiled, inputs)
-    before = modes_fx.report(compiled).graphs
-    for form in ("batched_mm", "grouped_mm", "batched_mm", "grouped_mm"):
-        compiled.set_experts_implementation(form)
-        with modes_fx.stats(compiled).reset() as stats:
-            assert relative_error(logits(compiled, inputs), expected, classes != 2) <= 2e-5
-        assert stats.pairs_kept.equal(wanted.kept)
-        assert {site.form for site in modes_fx.report(compiled).rewritten} == {form}
-    assert modes_fx.report(compiled).graphs <= before + 2  # one for each name
-
-
 def test_inductor_is_what_runs(compiled: nn.Module, inputs: dict[str, Tensor], compilations: list[fx.GraphModule]) -> None:
     logits(compiled, inputs)
     dispatch = modes_fx.report(compiled).sites[0].dispatch

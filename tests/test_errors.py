@@ -118,13 +118,13 @@ def test_no_compiler_for_inductor(shared: nn.Module) -> None:
 
 
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(shared: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modes_fx.runtime import ModelRuntime
+    from modes_fx.graph.runtime import Runtime
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     before = model_state(shared)
-    monkeypatch.setattr(ModelRuntime, "set_bounds", interrupted)  # the last step
+    monkeypatch.setattr(Runtime, "set_bounds", interrupted)  # the last step
     with pytest.raises(KeyboardInterrupt):
         modes_fx.optimize(shared, PLAN)
     assert model_state(shared) == before

@@ -10,10 +10,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 
 import modes_fx
-from modes_fx.errors import ModalityError, PlanError
-from modes_fx.graph_backend import GraphRuntime
-from modes_fx.passes.site import SiteRecord
-from modes_fx.passes.skip_experts import Binding
+from modes_fx.errors import ModalityError
+from modes_fx.graph.stock import Marking
 from modes_fx.plan import PlanPoint, SkipPlan
 from tests import tiny
 from tests.harness import plan_of, relative_error, uncompiled
@@ -27,7 +25,7 @@ LAYERS = tuple(f"model.layers.{i}.mlp.experts" for i in range(2))
 @pytest.fixture
 def uncompiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the rewritten graphs as they are, where Inductor's code is not the point: compiling a model takes a second."""
-    monkeypatch.setattr("modes_fx.graph_backend.inductor", uncompiled)
+    monkeypatch.setattr("modes_fx.graph.stock.inductor", uncompiled)
 
 
 def run(model: nn.Module, options: dict[str, object], **inputs: Tensor) -> Tensor:
@@ -128,20 +126,12 @@ def test_what_layers_share_is_copied_to_their_device_once() -> None:
     graph = fx.Graph()
     graph.placeholder("ids")._dynamo_source = types.SimpleNamespace(name="L['input_ids']")
     graph.output(())
-    plan = SkipPlan((PlanPoint(None, 0.5, 0.5),), rule="diep", tables=(((1.0, 0.5), (0.5, 1.0)),) * 2)
-    runtime = GraphRuntime(fx.GraphModule({}, graph), plan, None, None, None)
-    sites = [SiteRecord("histc", f"L['experts']['{name}']", "rewritten", num_experts=2) for name in "ab"]
-    first, second = (Binding(site, (0,), (site.source,), 1, lambda inputs: 3) for site in sites)
-    runtime._layer = lambda source: 0  # type: ignore[method-assign]  # told by paths, which are no part of this
-    weights = [torch.empty(2, 4, 4, device="meta") for _ in range(2)]
-    assert runtime.table(0, first, weights[0].device) is runtime.table(0, second, weights[1].device)
-    runtime.publishing(lambda *inputs: ())(torch.tensor([[1, 2, 3]]))
-    classes = [runtime.bind(binding, [weight])[1] for binding, weight in zip((first, second), weights, strict=True)]
-    with modes_fx.token_modality(torch.tensor([[0, 1, 1]])):
-        given = [runtime.bind(binding, [weight])[1] for binding, weight in zip((first, second), weights, strict=True)]
-    for one, other in (classes, given):
-        assert one is other
-        assert one.device.type == "meta"
+    marking = Marking(fx.GraphModule({}, graph), SkipPlan.uniform(text=0.5, vision=0.5))
+    hidden = torch.empty(3, 4, device="meta")
+    marking.publishing(lambda *inputs: ())(torch.tensor([[1, 2, 3]]))
+    classes = [marking.classes(hidden, layer) for layer in "ab"]
+    assert classes[0] is classes[1]
+    assert classes[0].device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -160,7 +150,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, object], messa
 def test_a_layer_that_cannot_be_told_is_refused() -> None:
     model = tiny.make("qwen3_moe")
     plan = SkipPlan((PlanPoint(None, 0.1, 0.1),), ((0.5, 0.5), (0.5, 0.5)), ("elsewhere.0", "elsewhere.1"))
-    with pytest.raises(PlanError, match="importances by layer"):
+    with pytest.raises(BackendCompilerFailed, match="PlanError.*importances by layer"):
         run(model, {"plan": plan}, input_ids=tiny.text_batch(1, 4)["input_ids"])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import modes_fx
 from modes_fx import modality
 from modes_fx.errors import ModalityError
+from modes_fx.graph.running import running
 from modes_fx.modality import vision_token_ids
 from tests import harness, oracle, tiny
 
@@ -35,7 +36,7 @@ class Spy:
         self.handle = oracle.experts_of(model)[0].register_forward_pre_hook(self._note)
 
     def _note(self, *args: Any) -> None:
-        tokens = modality.running()
+        tokens = running()
         if tokens is None:
             assert not self.required
             return
@@ -44,10 +45,10 @@ class Spy:
 
 @pytest.fixture(scope="module")
 def watched() -> Iterator[tuple[nn.Module, Spy]]:
-    """An optimised model whose regions are suspended: hooks work, blocks run as they are."""
+    """An optimised model whose experts are suspended: blocks run as they are."""
     model = tiny.make()
     modes_fx.optimize(model, PLAN)
-    model._modes_fx.regions.suspend()
+    model._modes_fx.runtime.suspended = True
     spy = Spy(model)
     yield model, spy
     spy.handle.remove()
@@ -59,7 +60,7 @@ def seen(watched: tuple[nn.Module, Spy], **inputs: Any) -> tuple[list[list[int]]
     spy.seen.clear()
     with torch.no_grad():
         model(**inputs)
-    assert modality.running() is None
+    assert running() is None
     (call,) = spy.seen
     return call
 
@@ -159,7 +160,7 @@ def test_embeddings_without_any_information_are_an_error_that_says_what_to_do(wa
         pytest.raises(ModalityError, match=r"token_modality\(\) was given \[1, 2\]"),
     ):
         seen(watched, **embeddings(4))
-    assert modality.running() is None
+    assert running() is None
 
 
 def test_embeddings_need_no_information_while_everything_is_kept(watched: Any) -> None:
@@ -173,14 +174,14 @@ def test_embeddings_need_no_information_while_everything_is_kept(watched: Any) -
         spy.required = True
         modes_fx.set_plan(model, PLAN)
     assert torch.isfinite(out).all()
-    assert modality.running() is None
+    assert running() is None
 
 
 def test_a_forward_without_ids_and_embeddings_is_an_error_that_names_them(watched: Any) -> None:
     model, _ = watched
     with pytest.raises(ModalityError, match="input_ids nor inputs_embeds"):
         model(attention_mask=torch.ones(1, 3))
-    assert modality.running() is None
+    assert running() is None
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (2, 4), (5,), (2, 3, 5)])
@@ -196,7 +197,7 @@ def test_a_mask_of_the_wrong_shape_is_an_error_before_anything_runs(watched: Any
         handle.remove()
     assert not ran
     assert not spy.seen
-    assert modality.running() is None
+    assert running() is None
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_an_exception_inside_the_forward_leaves_nothing_behind(watched: Any) -> 
             model(**tiny.mixed_batch())
     finally:
         handle.remove()
-    assert modality.running() is None
+    assert running() is None
     inputs = tiny.text_batch(1, 3)
     assert seen(watched, **inputs)[0] == [[0, 0, 0]]
 
@@ -244,7 +245,7 @@ def test_the_inner_model_may_be_called_itself(watched: Any) -> None:
     with torch.no_grad():
         model.model(**inputs)
     assert spy.seen == [(tiny.classes(inputs).tolist(), "prefill")]
-    assert modality.running() is None
+    assert running() is None
 
 
 def test_placeholder_ids_are_read_from_the_config() -> None:
@@ -290,7 +291,7 @@ def test_a_block_called_with_other_tokens_than_the_forward_has_is_an_error(optim
             harness.logits(optimized_vlm, tiny.text_batch(1, 4))
     finally:
         handle.remove()
-    assert modality.running() is None
+    assert running() is None
 
 
 @pytest.mark.usefixtures("without_inductor")

@@ -21,10 +21,10 @@ WEIGHTS = st.lists(st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), min_siz
 def kept(rule: Rule, weights: torch.Tensor, bound: float) -> torch.Tensor:
     """What a rule keeps of tokens whose experts are 0 to K - 1, under one bound and a table of ones."""
     tokens, top_k = weights.shape
-    ids = torch.arange(top_k).expand(tokens, top_k).reshape(-1)
+    ids = torch.arange(top_k).expand(tokens, top_k)
     table = torch.ones(table_shape(rule.keep, top_k)) if rule.has_table else None
     classes = torch.zeros(tokens, dtype=torch.int64)
-    return decide(rule.keep, ids, weights.reshape(-1), classes, torch.tensor([bound]), table, top_k=top_k)[0]
+    return decide(rule.keep, ids, weights, classes, torch.tensor([bound]), table)[0]
 
 
 def test_a_weight_is_kept_from_its_threshold_on() -> None:

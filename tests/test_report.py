@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from modes_fx.errors import ModesFxError
-from modes_fx.modality import Tokens
+from modes_fx.graph.in_force import InForce
+from modes_fx.graph.running import Forward
+from modes_fx.policies import RULES
 from modes_fx.report import Report, SiteReport, SkipStats
 
 DONE = SiteReport("layers.0.experts", "rewritten", form="grouped_mm", dispatch="compact", top_k=2, num_experts=8)
@@ -22,8 +26,16 @@ def report() -> Report:
 
 
 def counted(stats: SkipStats, layer: int, ids: list[list[int]], kept: list[int], phase: str = "prefill") -> None:
-    """Count a dispatch of two experts a token; ``kept`` are pairs, in any order, and some rows follow that take no part."""
-    stats.count(layer, 2, torch.tensor([*kept, -1, -1]), Tokens(torch.tensor(ids), phase))
+    """Count a dispatch of two experts a token; ``kept`` are pairs."""
+    layers = [SimpleNamespace(name=name) for name in stats.layers]
+    runtime: Any = SimpleNamespace(layers=layers, stats=stats)
+    plan = InForce.of(RULES["threshold"], len(layers), None, (), torch.device("cpu"))
+    classes = torch.tensor(ids)
+    keep = torch.zeros(classes.numel() * 2, dtype=torch.bool)
+    keep[kept] = True
+    forward = Forward(runtime, plan, classes, phase)
+    forward.note(layer, classes.flatten(), keep.view(-1, 2))
+    forward.end()
 
 
 @pytest.fixture

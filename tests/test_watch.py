@@ -9,11 +9,13 @@ import transformers
 from torch import Tensor, nn
 
 import modes_fx
-from modes_fx import modality
 from modes_fx.errors import ModalityError, ModelError
+from modes_fx.graph.running import running
+from modes_fx.graph.runtime import Runtime
+from modes_fx.graph.watch import ModalityWatch
+from modes_fx.layers import Region
 from modes_fx.modality import vision_token_ids
-from modes_fx.regions import Region
-from modes_fx.watch import ModalityWatch
+from modes_fx.optimize import optimized_state
 from tests import harness, tiny
 from tests.families.family import Family
 from tests.families.pictures import captioned, noise, patches
@@ -53,7 +55,7 @@ def test_tokens_of_a_vision_tower_are_visual_whatever_their_number(optimized: tu
         model.model.get_image_features(noise(24, 48), torch.tensor([[1, 4, 6]]))
     assert stats.pairs_routed[stats.layers.index(tower)].tolist() == [[0, 0], [24 * 3, 0]]
     assert stats.pairs_kept[stats.layers.index(tower), 1, 0] < 24 * 3
-    assert modality.running() is None
+    assert running() is None
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -84,18 +86,18 @@ def test_each_group_of_experts_sees_the_tokens_of_its_modality(optimized: tuple[
 
 
 @pytest.mark.parametrize("optimized", ["ernie4_5_vl_moe"], indirect=True)
-def test_suspended_regions_leave_watches_in_place(optimized: tuple[Family, nn.Module]) -> None:
+def test_suspended_experts_leave_watches_in_place(optimized: tuple[Family, nn.Module]) -> None:
     family, model = optimized
     seen = []
     experts = model.get_submodule("model.language_model.layers.1.mlp.vision_moe.experts")
-    handle = experts.register_forward_pre_hook(lambda *args: seen.append(modality.running()))
-    regions = model._modes_fx.regions
-    regions.suspend()
+    handle = experts.register_forward_pre_hook(lambda *args: seen.append(running()))
+    runtime = model._modes_fx.runtime
+    runtime.suspended = True
     try:
         with torch.no_grad():
             model(**family.inputs())
     finally:
-        regions.resume()
+        runtime.suspended = False
         handle.remove()
     assert [tokens.ids.tolist() for tokens in seen] == [[[1] * 12]]
 
@@ -114,14 +116,18 @@ def test_a_canvas_is_text_in_the_making_and_tied_layers_are_told_apart(region: R
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_tied_layers_inside_one_region_are_an_error() -> None:
+def test_tied_layers_inside_one_region_have_thresholds_of_their_own() -> None:
     model = FAMILIES["mixtral"].build()
     first, second, *_ = (layer.mlp.experts for layer in model.model.layers)
     second.gate_up_proj, second.down_proj = first.gate_up_proj, first.down_proj
-    modes_fx.optimize(model, PLAN, region="model")
-    assert modes_fx.report(model).reasons() == ""
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts, model\.layers\.1\.mlp\.experts share their weights"):
-        routed(model, input_ids=captioned(4)["input_ids"])
+    layers = len(model.model.layers)
+    bounds = torch.zeros(layers, 2)
+    bounds[1] = float("inf")
+    modes_fx.optimize(model, region="model")
+    optimized_state(model).runtime.set_bounds(bounds)
+    with torch.no_grad(), modes_fx.stats(model) as stats:
+        model(input_ids=captioned(4)["input_ids"])
+    assert [stats.skip_ratio(layer=layer) for layer in range(layers)] == [0.0, 1.0, *[0.0] * (layers - 2)]
 
 
 @pytest.mark.usefixtures("without_inductor")
@@ -142,16 +148,17 @@ def test_a_language_model_that_gets_fewer_tokens_asks_for_their_modality(vlm: nn
         handle.remove()
     classes = tiny.classes(inputs)
     assert pairs[:, 0].tolist() == [(int((classes == 0).sum()) + 3) * 3, (int((classes == 1).sum()) + 4) * 3]
-    assert modality.running() is None
+    assert running() is None
 
 
 def test_a_decoder_behind_an_encoder_has_tokens_of_its_own() -> None:
     config = tiny_config("switch_transformers")
     model = transformers.SwitchTransformersForConditionalGeneration(config).eval()
-    watches = [ModalityWatch(module, (), False, lambda: True, lambda: None) for module in (model, model.decoder)]
+    runtime = Runtime((), "threshold", "auto")
+    watches = [ModalityWatch(module, runtime, (), False, lambda: None) for module in (model, model.decoder)]
     seen = []
     for stack in (model.encoder, model.decoder):
-        stack.block[0].register_forward_pre_hook(lambda *args: seen.append(modality.running().ids.tolist()))
+        stack.block[0].register_forward_pre_hook(lambda *args: seen.append(running().ids.tolist()))
     with torch.no_grad():
         model(
             input_ids=torch.tensor([[3, 4, 5, 0]]),

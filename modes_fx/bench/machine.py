@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from modes_fx.bench.models import Routing
-from modes_fx.regions import MoeLayer, find_moe_layers
+from modes_fx.layers import MoeLayer, find_moe_layers
 
 _TAKES = 6
 _READ_BYTES = 512 * 2**20

@@ -17,9 +17,10 @@ from unittest import mock
 from torch import Tensor
 
 from modes_fx.compare.speed import Setting, stock_twin
+from modes_fx.graph.regions import Region as CompiledRegion
+from modes_fx.layers import Region
 from modes_fx.modality import token_modality
 from modes_fx.optimize import optimize, optimized_state, restore
-from modes_fx.regions import CompiledRegions, Region
 
 _WARM_UP = 5
 
@@ -80,13 +81,13 @@ def measure(stack: Any, region: Region, arguments: Callable[[int], dict[str, Any
         generated: Any = compile_graph(*args, **kwargs)
         return inside.around(generated)
 
-    with mock.patch.object(CompiledRegions, "_call", outside.around(CompiledRegions._call)):
-        optimize(model, region=region)
+    optimize(model, region=region)
+    around_regions = mock.patch.object(CompiledRegion, "run_compiled", outside.around(CompiledRegion.run_compiled))
     try:
         for watch in optimized_state(model).watches:
-            watch._about = watched.around(watch._about)
+            watch._forward = watched.around(watch._forward)
         whole, around, ids = [], [], []
-        with mock.patch.object(compile_fx, "compile_fx", compile_timed), token_modality(classes):
+        with around_regions, mock.patch.object(compile_fx, "compile_fx", compile_timed), token_modality(classes):
             for index in range(-_WARM_UP, steps):
                 given = arguments(index)
                 inside.seconds = outside.seconds = watched.seconds = 0.0

@@ -15,9 +15,9 @@ from modes_fx.bench import peer
 from modes_fx.bench.models import Routing
 from modes_fx.compare.speed import Setting, stock_twin
 from modes_fx.errors import ModelError, in_a_line
+from modes_fx.layers import Region
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
-from modes_fx.regions import Region
 
 Kind = Literal["stock", "peer", "ours"]
 

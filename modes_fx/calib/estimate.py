@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modes_fx import modality
 from modes_fx.calib.objective import Answers, Batch
 from modes_fx.calib.resume import among
 from modes_fx.errors import CalibrationError
-from modes_fx.modality import MODALITIES, Tokens
+from modes_fx.graph.running import Forward, running
+from modes_fx.modality import MODALITIES
 from modes_fx.optimize import optimized_state
 
 SAMPLES = 4
@@ -84,13 +84,13 @@ def estimate(
 
 
 @contextlib.contextmanager
-def _scaled(state: Any) -> Iterator[dict[int, tuple[Tensor, Tokens]]]:
+def _scaled(state: Any) -> Iterator[dict[int, tuple[Tensor, Forward]]]:
     """Multiply what each layer's experts return by ones [T, 1]; yield those of the last forward by layer, with its tokens."""
-    scales: dict[int, tuple[Tensor, Tokens]] = {}
+    scales: dict[int, tuple[Tensor, Forward]] = {}
 
     def stand_in(layer: int, experts: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            output, tokens = run(*args, **kwargs), modality.running()
+            output, tokens = run(*args, **kwargs), running()
             if tokens is None or layer in scales or output.shape[:-1].numel() != tokens.ids.numel():
                 raise CalibrationError(
                     f'{state.layers[layer].name} did not run once on the tokens of the forward, as method="estimate" takes for '
@@ -103,7 +103,7 @@ def _scaled(state: Any) -> Iterator[dict[int, tuple[Tensor, Tokens]]]:
         return call
 
     wanted = [parameter for layer in state.layers for parameter in layer.stack.parameters() if parameter.requires_grad]
-    state.regions.suspend()
+    state.runtime.suspended = True
     before = [(layer.experts, layer.experts._compiled_call_impl) for layer in state.layers]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -116,4 +116,4 @@ def _scaled(state: Any) -> Iterator[dict[int, tuple[Tensor, Tokens]]]:
             experts._compiled_call_impl = call
         for parameter in wanted:
             parameter.requires_grad_(True)
-        state.regions.resume()
+        state.runtime.suspended = False

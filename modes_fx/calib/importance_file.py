@@ -15,8 +15,8 @@ from modes_fx.calib.importance import Importance
 from modes_fx.calib.trials import versions
 from modes_fx.errors import CalibrationError
 from modes_fx.files import write_atomically
+from modes_fx.layers import find_moe_layers
 from modes_fx.plan import config_hash, describe_model
-from modes_fx.regions import find_moe_layers
 
 _VERSION = 1
 

@@ -16,8 +16,8 @@ from modes_fx.budget import Budget
 from modes_fx.calib import processes
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.errors import CalibrationError, NotOptimizedError
+from modes_fx.graph.runtime import Runtime
 from modes_fx.optimize import optimize, optimized_state, restore
-from modes_fx.runtime import ModelRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,7 @@ def optimized(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextlib.contextmanager
-def bounds_in_force(runtime: ModelRuntime, bounds: Tensor | Budget | None) -> Iterator[None]:
+def bounds_in_force(runtime: Runtime, bounds: Tensor | Budget | None) -> Iterator[None]:
     """Put bounds in force for the length of a block; those from before come back."""
     before = runtime.bounds_in_force
     runtime.set_bounds(bounds)

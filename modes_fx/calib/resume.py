@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from modes_fx import modality
-from modes_fx.modality import MODALITIES, TEXT, Tokens
+from modes_fx.graph.running import Forward, running
+from modes_fx.modality import MODALITIES, TEXT
 from modes_fx.optimize import optimized_state
 
 _EVERY = tuple(range(len(MODALITIES)))
@@ -44,7 +44,7 @@ class _Call:
     ended: float = math.inf
     output: Any = None
     silenced: Any = None
-    tokens: Tokens | None = None
+    tokens: Forward | None = None
 
 
 class Tape:
@@ -130,6 +130,8 @@ class Tape:
         bounds = torch.full((len(self._regions), len(MODALITIES)), self._runtime.rule.keep_all)
         bounds[layer, list(modalities)] = self._runtime.rule.skip_all
         self._runtime.set_bounds(bounds)
+        if (forward := running()) is not None:  # in the middle of one, whose layer is looked at twice
+            forward.refresh()
 
     def _stand_in(self, module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -153,7 +155,7 @@ class Tape:
         if known is not None:  # which of its calls a later one stands for would be a guess
             known.ended, known.output, known.silenced = math.inf, None, None
             return run(*args, **kwargs)
-        call = self._calls[id(module)] = _Call(self._tick(), tokens=modality.running())
+        call = self._calls[id(module)] = _Call(self._tick(), tokens=running())
         if layer is not None and self._by_row and call.tokens is not None:
             self.skip(layer, _EVERY)
             silenced = _copy(run(*_copy(args), **_copy(kwargs)))

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modes_fx import modality
 from modes_fx.calib import processes
+from modes_fx.graph.running import running
 from modes_fx.modality import MODALITIES
 from modes_fx.optimize import optimized_state
 
@@ -41,7 +41,7 @@ def dispatches_shown(model: nn.Module, see: See) -> Iterator[None]:
 
     def hook(layer: int) -> Any:
         def show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens = modality.running()
+            tokens = running()
             if tokens is None:
                 return
             hidden, _, weights = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())[:3]
@@ -51,14 +51,14 @@ def dispatches_shown(model: nn.Module, see: See) -> Iterator[None]:
 
         return show
 
-    state.regions.suspend()
+    state.runtime.suspended = True
     handles = [layer.experts.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(state.layers)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        state.regions.resume()
+        state.runtime.suspended = False
 
 
 class RoutingRecorder:

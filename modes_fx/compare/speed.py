@@ -22,8 +22,8 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modes_fx.calib.objective import Batch, prompts_of
 from modes_fx.errors import CalibrationError, in_a_line
+from modes_fx.layers import Region, find_moe_layers
 from modes_fx.optimize import is_optimized, stats
-from modes_fx.regions import Region, find_moe_layers
 from modes_fx.timing import in_turn
 
 PHASES = ("prefill", "decode")

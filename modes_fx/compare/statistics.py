@@ -70,7 +70,7 @@ def routing_statistics(
         for batch in batches:
             answers(batch)
     if wanted:
-        state.regions.suspend()
+        state.runtime.suspended = True
         try:
             for index, (layer, rows) in enumerate(zip(state.layers, hidden, strict=True)):
                 site = state.runtime.sites.get(index)  # a layer that was not rewritten, or never ran, has no table to look up
@@ -80,7 +80,7 @@ def routing_statistics(
                     _similarity(layer.experts, torch.cat(rows)[:tokens], experts) if seen else torch.ones(experts, experts)
                 )
         finally:
-            state.regions.resume()
+            state.runtime.suspended = False
     return RoutingStatistics(
         _medians(shares), _medians(ratios), tuple(tuple(tuple(row) for row in table.tolist()) for table in alike)
     )

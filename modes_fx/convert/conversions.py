@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,27 +10,22 @@ import torch
 from torch import nn
 
 from modes_fx.convert.form import StandIn
-from modes_fx.errors import ModelError, NotOptimizedError
+from modes_fx.errors import NotOptimizedError
+from modes_fx.graph.takeover import Call, Takeover
 from modes_fx.passes.site import Reject, SiteRecord
 
 if TYPE_CHECKING:
-    from modes_fx.regions import MoeLayer
-
-
-_called: ContextVar[frozenset[object]] = ContextVar("modes_fx_called_stand_ins", default=frozenset())
-"""Whose stand-ins the running forward has called; a context variable, since forwards of other threads end at any time."""
+    from modes_fx.layers import MoeLayer
 
 
 class Conversions:
     """The stand-ins of one optimised model.
 
-    A stand-in takes a block's place through the block's call, where ``Module.compile`` puts compiled code: unlike a replaced
-    forward or a hook it does not travel into copies and pickles, which are stock models.
+    A stand-in takes over a block's call, in any trace too; copies and pickles of the model are stock models.
     """
 
     def __init__(self) -> None:
-        self._done: dict[nn.Module, tuple[StandIn, Any]] = {}
-        self._key = object()
+        self._done: dict[nn.Module, _Converted] = {}
 
     def __len__(self) -> int:
         return len(self._done)
@@ -53,55 +47,36 @@ class Conversions:
             except Reject as reason:
                 refused[index] = SiteRecord("", layer.name, "rejected", reason.code, reason.detail)
                 continue
-            self._done[layer.block] = stand_in, layer.block._compiled_call_impl
-            layer.block._compiled_call_impl = _Call(layer.block, stand_in, self._note_call)
+            self._done[layer.block] = _Converted(layer.block, stand_in)
             converted[index] = replace(layer, experts=stand_in.experts, block=stand_in.block, stands_for=layer.block, form=None)
         return converted, refused
-
-    def _note_call(self) -> None:
-        _called.set(_called.get() | {self._key})
-
-    def check_called(self) -> None:
-        """Refuse what passes all stand-ins by: a trace around the model inlines the blocks' own code.
-
-        Raises:
-            ModelError: A forward has ended, and no stand-in was called since the last one.
-        """
-        called = _called.get()
-        _called.set(called - {self._key})
-        if self._done and self._key not in called:
-            raise ModelError(
-                f"A forward ran {type(next(iter(self._done))).__name__}'s own code and skipped nothing: a torch.compile around "
-                "the model passes its converted blocks by. Run it without, or call modes_fx.restore(model)."
-            )
 
     def undo(self, place: nn.Module | None = None) -> None:
         """Give one block, or all, their own call and weights back."""
         for block in [place] if place is not None else list(self._done):
-            stand_in, before = self._done.pop(block)
-            block._compiled_call_impl = before
-            stand_in.experts.release()
+            converted = self._done.pop(block)
+            converted.remove()
+            converted.stand_in.experts.release()
 
 
-class _Call:
+class _Converted(Takeover):
     """Calls the stand-in, as long as it stands for the block's weights as they are."""
 
-    def __init__(self, block: nn.Module, stand_in: StandIn, note: Callable[[], None]) -> None:
-        self._block = block
-        self._stand_in = stand_in
-        self._note = note
+    def __init__(self, block: nn.Module, stand_in: StandIn) -> None:
+        super().__init__(block)
+        self.stand_in = stand_in
 
-    @torch._dynamo.disable(reason="a block that modes_fx converted is compiled on its own")  # type: ignore[untyped-decorator]
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._block.training:
+    def call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the stand-in."""
+        if self.module.training:
             raise NotOptimizedError(
-                f"This {type(self._block).__name__} was converted, which serves inference alone. Call model.eval(), or "
+                f"This {type(self.module).__name__} was converted, which serves inference alone. Call model.eval(), or "
                 "modes_fx.restore(model) to train."
             )
-        if self._stand_in.experts.is_stale():
+        # Not asked inside a graph, which takes weights that were moved as other inputs.
+        if not torch.compiler.is_compiling() and self.stand_in.experts.is_stale():
             raise NotOptimizedError(
-                f"The experts' weights of this {type(self._block).__name__} were moved or replaced after optimize(). Call "
+                f"The experts' weights of this {type(self.module).__name__} were moved or replaced after optimize(). Call "
                 "modes_fx.restore(model) and modes_fx.optimize(model) again."
             )
-        self._note()
-        return self._stand_in.block(*args, **kwargs)
+        return self.stand_in.block(*args, **kwargs)

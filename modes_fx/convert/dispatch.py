@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
+from modes_fx.graph.experts import marked, run
+
 
 class DispatchedExperts(nn.Module):
     """Experts computed pair by pair, in expert order. Subclasses hold the weights and say what one expert does.
@@ -32,12 +34,12 @@ class DispatchedExperts(nn.Module):
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         tokens = flat.shape[0]
-        return self.dispatch(flat, ids.reshape(tokens, -1), weights.reshape(tokens, -1)).view(hidden.shape)
+        return run(self, type(self).dispatch, flat, ids.reshape(tokens, -1), weights.reshape(tokens, -1)).view(hidden.shape)
 
     def dispatch(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Do the work of ``forward``: the very graph that the matcher anchors on."""
         top_k = ids_TK.shape[-1]
-        weights_S = weights_TK.reshape(-1)  # in front of the sort, where the pass decides
+        weights_S = marked(self, ids_TK, weights_TK).reshape(-1)  # in front of the sort, where the pass decides
         ids_g, perm = torch.sort(ids_TK.reshape(-1))
         counted = ids_g.float() if hidden_TH.device.type in ("cpu", "mps") else ids_g.int()  # the types that histc takes there
         counts = torch.histc(counted, bins=self.num_experts, min=0, max=self.num_experts - 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from modes_fx.convert.dispatch import DispatchedExperts, grouped_linear
 from modes_fx.convert.form import Form, StandIn, shallow_copy
+from modes_fx.graph.experts import is_marked
 
 
 class ExpertsOrIdentity(DispatchedExperts):
@@ -32,7 +33,7 @@ class ExpertsOrIdentity(DispatchedExperts):
     def dispatch(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """See ``DispatchedExperts.dispatch``; ids may lie beyond E."""
         routed = ids_TK < self.num_experts
-        nothing = -math.inf if torch.compiler.is_compiling() else 0.0  # uncompiled, nothing is skipped: 0 silences expert 0
+        nothing = -math.inf if is_marked(self) else 0.0  # without a marker, nothing is skipped: 0 silences expert 0
         mine = super().dispatch(hidden_TH, torch.where(routed, ids_TK, 0), torch.where(routed, weights_TK, nothing))
         identity = torch.where(routed, 0.0, weights_TK).sum(dim=-1, keepdim=True)
         return mine + (hidden_TH * identity).to(hidden_TH.dtype)

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 import modes_fx
 from modes_fx.errors import ModesFxError, PlanError
+from modes_fx.layers import Region
 from modes_fx.lmms.generation import chat, cut, generation_settings
 from modes_fx.lmms.ratios import live_stats, measured
 from modes_fx.loading import check_torchvision, load
 from modes_fx.passes.skip_experts import Dispatch
-from modes_fx.regions import Region
 
 
 class ModesFx(lmms):  # type: ignore[misc]

@@ -31,6 +31,7 @@ from modes_fx.passes.walk import (
     constant,
     gathers,
     input_of,
+    is_marker,
     is_method,
     only_user,
     shape_of,
@@ -80,7 +81,8 @@ def match(bmm: fx.Node) -> RoutingSite:
     check_weights(weights, weighted)
     by_expert = [node for node in expert_ids.users if gathers(node, expert_ids)]  # matrices and biases
     body = body_between([repeated, *by_expert, *weights.users], weighted)
-    check_users(expert_ids, by_expert)
+    for_marker = [node for node in expert_ids.users if is_method(node, "reshape") and all(map(is_marker, node.users))]
+    check_users(expert_ids, [*by_expert, *for_marker])
     check_users(weighted, {view})
     check_users(view, {combined})
     return RoutingSite(

@@ -2,7 +2,6 @@
 
 For a ``RoutingSite``, with N <= S = T * K kept pairs::
 
-    keep_TK = rule(weights_TK, bound[token_class])
     kept_N  = nonzero(keep_TK)                         data-dependent length, no host sync on a CPU
     ids_N, order = sort(expert_ids[kept_N]);  kept_N = kept_N[order]         only where the site's rows are sorted
     ... the site's own body, on rows ids_N, weights[kept_N] and hidden[kept_N // K] ...
@@ -13,58 +12,68 @@ A token, and a whole call, may keep nothing: every step works on 0 rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, fx
 
-from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
+from modes_fx.passes.emit import Emitter, erase_dead, erase_unused, refresh_dependents
 from modes_fx.passes.site import Reject, RoutingSite
-from modes_fx.policies import KeepRule, decide
 
 
-def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, *bounds: fx.Node) -> fx.Node:
+def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     """Rewrite the site in ``graph``; the arguments are those of ``static.rewrite``.
 
-    Returns:
-        The pair (token * K + rank) of each row that the experts compute, int64 [N].
-
     Raises:
-        Reject: ``BODY_HAS_FIXED_ROWS`` when the work between the GEMMs names the number of pairs.
+        Reject: ``BODY_HAS_FIXED_ROWS`` when the work between the GEMMs names the number of pairs. The site is as it was.
     """
     node = {item.name: item for item in graph.nodes}
     ids, weights, hidden = node[site.expert_ids_S], node[site.weights_S], node[site.hidden_TH]
     stock = [node[site.row_ids], node[site.row_weights], node[site.row_hidden]]
-    users = [list(item.users) for item in stock]  # as they are now: the selection will use some of them too
-    pairs, pair_token, *rows = Emitter.after(ids, weights, hidden).trace(
-        _select, ids, weights, hidden, token_class, *bounds, rule=rule, top_k=site.top_k, sort=site.perm is not None
+    users = [site.readers(item) for item in stock]  # as they are now: the selection will use some of them too
+    pairs, pair_token, *rows = Emitter.after(ids, weights, hidden, keep).trace(
+        _select, ids, weights, hidden, keep, top_k=site.top_k, sort=site.perm is not None
     )
-    for old, new, using in zip(stock, rows, users, strict=True):
-        for user in using:
-            user.replace_input_with(old, new)
+    replace_rows(stock, rows, users, until=node[site.weighted])
     combined, weighted = node[site.combined], node[site.weighted]
-    try:
-        refresh_dependents(*rows, until=weighted)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise Reject("BODY_HAS_FIXED_ROWS", f"the work between the GEMMs needs all S rows: {error}") from error
     (summed,) = Emitter(before=combined).trace(
         add_rows, weighted, pair_token, hidden, dtype=combined.meta["example_value"].dtype
     )
     combined.replace_all_uses_with(summed)
     erase_dead([node[name] for name in site.scaffold])
-    return pairs
 
 
-def _select(
-    expert_ids: Tensor,
-    weights: Tensor,
-    hidden: Tensor,
-    token_class: Tensor,
-    *bounds: Tensor,
-    rule: KeepRule,
-    top_k: int,
-    sort: bool,
-) -> tuple[Tensor, ...]:
-    keep, new_weights = decide(rule, expert_ids, weights, token_class, *bounds, top_k=top_k)
-    weights = weights if new_weights is None else new_weights
+def replace_rows(
+    stock: Sequence[fx.Node], rows: Sequence[fx.Node], users: Sequence[Sequence[fx.Node]], *, until: fx.Node
+) -> None:
+    """Let the work between the GEMMs take other rows.
+
+    Args:
+        stock: What it takes.
+        rows: What it is to take, one for each; made for that.
+        users: The nodes of that work that take each.
+        until: Its end.
+
+    Raises:
+        Reject: ``BODY_HAS_FIXED_ROWS`` when it names the number of rows. It is as it was, and the rows are gone.
+    """
+    _swap(stock, rows, users)
+    try:
+        refresh_dependents(*rows, until=until)
+    except (RuntimeError, ValueError, TypeError) as error:
+        _swap(rows, stock, users)
+        refresh_dependents(*stock, until=until)
+        erase_unused(rows)
+        raise Reject("BODY_HAS_FIXED_ROWS", f"the work between the GEMMs needs all S rows: {error}") from error
+
+
+def _swap(old: Sequence[fx.Node], new: Sequence[fx.Node], users: Sequence[Sequence[fx.Node]]) -> None:
+    for before, after, using in zip(old, new, users, strict=True):
+        for user in using:
+            user.replace_input_with(before, after)
+
+
+def _select(expert_ids: Tensor, weights: Tensor, hidden: Tensor, keep: Tensor, *, top_k: int, sort: bool) -> tuple[Tensor, ...]:
     kept = keep.reshape(-1).nonzero().squeeze(1)
     ids = expert_ids[kept]
     if sort:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -108,3 +108,12 @@ def erase_dead(candidates: list[fx.Node]) -> None:
     for node in sorted(set(candidates), key=position.__getitem__, reverse=True):
         if not node.users and node.op != "placeholder":
             node.graph.erase_node(node)
+
+
+def erase_unused(nodes: Sequence[fx.Node]) -> None:
+    """Erase nodes that an ``Emitter`` put in, from the last ones up, as far as nothing uses them."""
+    for node in nodes:
+        if not node.users and not node._erased and node.op != "placeholder":
+            sources = node.all_input_nodes
+            node.graph.erase_node(node)
+            erase_unused(sources)

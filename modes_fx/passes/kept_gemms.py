@@ -2,7 +2,7 @@
 
 For a ``RoutingSite`` of the form ``grouped_mm``, with R <= S = T * K kept pairs::
 
-    pairs_R, offsets = sort_pairs(rule(weights_TK, bound[token_class]), expert_ids)      data-dependent length
+    pairs_R, offsets = sort_pairs(keep_TK, expert_ids)                                  data-dependent length
     y = linear(hidden_TH, pairs, W1, offsets)                                            gathers its rows itself
     ... the site's own work between the GEMMs, on R rows, which Inductor generates ...
     out = linear_combine(y, pairs, weights[pairs], W2, offsets)                          float32 [T, H], adds its rows up itself
@@ -22,12 +22,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from modes_fx.kernels.ops import DTYPES
 from modes_fx.kernels.packed import PackedWeight
-from modes_fx.passes.compact import add_rows
-from modes_fx.passes.emit import Emitter, erase_dead, refresh_dependents
+from modes_fx.passes.compact import add_rows, replace_rows
+from modes_fx.passes.emit import Emitter, erase_dead
 from modes_fx.passes.rowwise import GROUPED, is_in_place
-from modes_fx.passes.site import Reject, RoutingSite
+from modes_fx.passes.site import RoutingSite
 from modes_fx.passes.walk import argument, input_of, is_method
-from modes_fx.policies import KeepRule, decide
 
 
 def why_not(graph: fx.Graph, site: RoutingSite) -> str:
@@ -61,24 +60,18 @@ def kind(graph: fx.Graph, site: RoutingSite) -> str:
     return "packed kernels" if all(packed) else "kernels"
 
 
-def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.Node, *bounds: fx.Node) -> fx.Node:
+def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     """Rewrite a site for which ``why_not`` has nothing to say; see ``compact.rewrite``."""
     node = {item.name: item for item in graph.nodes}
     ids, weights, hidden = node[site.expert_ids_S], node[site.weights_S], node[site.hidden_TH]
     stock = [node[site.row_ids], node[site.row_weights], node[site.row_hidden]]
-    users = [list(item.users) for item in stock]
-    pairs, offsets, pair_token, *rows = Emitter.after(ids, weights, hidden).trace(
-        _select, ids, weights, hidden, token_class, *bounds, rule=rule, top_k=site.top_k, num_experts=site.num_experts
+    users = [site.readers(item) for item in stock]
+    pairs, offsets, pair_token, *rows = Emitter.after(ids, weights, hidden, keep).trace(
+        _select, ids, weights, hidden, keep, top_k=site.top_k, num_experts=site.num_experts
     )
-    for old, new, using in zip(stock, rows, users, strict=True):
-        for user in using:
-            user.replace_input_with(old, new)
+    replace_rows(stock, rows, users, until=node[site.weighted])
     row_weights, row_hidden = rows[1:]
     combined, weighted = node[site.combined], node[site.weighted]
-    try:
-        refresh_dependents(*rows, until=weighted)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise Reject("BODY_HAS_FIXED_ROWS", f"the work between the GEMMs needs all S rows: {error}") from error
     gemms = _gemms(node, site)
     dtype = combined.meta["example_value"].dtype
     last = next((item for item in weighted.all_input_nodes if item in gemms and set(item.users) == {weighted}), None)
@@ -99,7 +92,6 @@ def rewrite(graph: fx.Graph, site: RoutingSite, rule: KeepRule, token_class: fx.
     combined.replace_all_uses_with(summed)
     replaced = [node[name] for name in (*site.scaffold, *site.body, *site.counting) if not is_in_place(node[name])]
     erase_dead([*replaced, pair_token, *rows])
-    return pairs
 
 
 def _gemms(node: dict[str, fx.Node], site: RoutingSite) -> list[fx.Node]:
@@ -140,11 +132,8 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 
 def _select(
-    expert_ids: Tensor, weights: Tensor, hidden: Tensor, token_class: Tensor, *bounds: Tensor, rule: KeepRule, top_k: int,
-    num_experts: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    keep, new_weights = decide(rule, expert_ids, weights, token_class, *bounds, top_k=top_k)
-    weights = weights if new_weights is None else new_weights
+    expert_ids: Tensor, weights: Tensor, hidden: Tensor, keep: Tensor, *, top_k: int, num_experts: int
+) -> tuple[Tensor, ...]:
     sorted_ = torch.ops.modes_fx.sort_pairs.default(keep.reshape(-1), expert_ids, num_experts)
     pairs, offsets = sorted_[0], sorted_[1]
     pair_token = pairs // top_k

@@ -67,6 +67,11 @@ class RoutingSite:
     scaffold: tuple[str, ...]
     weight_inputs: tuple[str, ...]
 
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """Return the users of a node that work on rows, or count them; a marker that reads it too is none."""
+        mine = {*self.body, *self.counting}
+        return [user for user in node.users if user.name in mine]
+
 
 @dataclass(frozen=True)
 class SiteRecord:
@@ -83,6 +88,7 @@ class SiteRecord:
         top_k: K, or 0 when unknown.
         num_experts: E, or 0 when unknown.
         gemms: ``"kernels"`` or ``"packed kernels"`` (see ``modes_fx.kernels``), or why the experts' GEMMs are ATen's.
+        layer: Index of the MoE layer, or -1 in a graph that serves many layers.
     """
 
     anchor: str
@@ -95,3 +101,4 @@ class SiteRecord:
     top_k: int = 0
     num_experts: int = 0
     gemms: str = ""
+    layer: int = -1

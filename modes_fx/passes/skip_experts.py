@@ -1,197 +1,134 @@
-"""The pass: every routing site of a graph ends as rewritten, or as rejected with a named reason."""
+"""The pass: every marked dispatch of a graph ends as rewritten, or as it was, with a named reason.
+
+IR level: dynamo's (torch IR), before AOT. ``graph.marker`` says what a marker is::
+
+    weights, keep = marker(weights_TK, ids_TK, classes_T, bounds, ...)          keep = rule(weights_TK, bounds[classes_T])
+    out = dispatch(hidden_TH, ids_TK, weights)                                   out = dispatch of the pairs in keep alone
+
+The graph is changed in place, since it stays dynamo's: inputs keep their marks, which CUDA graphs and AOT ask for. None is added.
+A marked dispatch that is left as it was computes the same, with the weights of dropped pairs 0.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Literal
 
-import sympy
-import torch
-from torch import fx
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from modes_fx.passes import batched_mm, compact, dense, grouped_mm, kept_gemms, static
-from modes_fx.passes.emit import fake_mode_of, under_fake
+from modes_fx.passes.emit import Emitter, erase_unused
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
-from modes_fx.policies import KeepRule, table_shape, takes_table
+from modes_fx.passes.walk import is_getitem, is_marker
+from modes_fx.policies import decide, rule_of
 
 Dispatch = Literal["auto", "compact", "static"]
 
-_FORMS = (grouped_mm, batched_mm)
+FORMS = (grouped_mm, batched_mm)
 _REWRITES = {"compact": compact.rewrite, "static": static.rewrite}
+_VIEWS = {"reshape", "view", "flatten"}
 
 
-@dataclass(frozen=True)
-class Binding:
-    """What the caller of a rewritten graph must supply for one site, and what it gets back.
+def is_marked(graph: fx.Graph) -> bool:
+    """Return whether a graph holds a marked dispatch."""
+    return any(is_marker(node) for node in graph.nodes)
 
-    Attributes:
-        record: How the site was rewritten.
-        weight_inputs: Positions, among the graph's inputs, of the experts' first weight.
-        sources: Dynamo's names of those inputs.
-        top_k: K.
-        token_count: Computes T from the graph's run-time inputs.
+
+def skip_experts(graph: fx.Graph) -> tuple[SiteRecord, ...]:
+    """Rewrite every marked dispatch of a dynamo graph, in place.
+
+    Returns:
+        One record for each marker, in the order of the graph.
     """
-
-    record: SiteRecord
-    weight_inputs: tuple[int, ...]
-    sources: tuple[str, ...]
-    top_k: int
-    token_count: Callable[[Sequence[Any]], int]
-
-
-@dataclass(frozen=True)
-class Rewritten:
-    """A rewritten copy of a graph.
-
-    Its inputs are the original's, then two for each site: int64 [T] token classes and float32 [classes] bounds; and a third,
-    the layer's float32 table, where the rule asks for one. Its outputs are the original's, then one for each site, ``pairs``:
-    int64, the pair (token * K + rank) of each row that the experts compute, or -1 for a row that takes no part in the output.
-
-    Attributes:
-        module: The rewritten copy.
-        extra_inputs: Fake tensors for the added inputs.
-        bindings: One for each rewritten site, in the order of the added inputs.
-        records: One for each candidate.
-    """
-
-    module: fx.GraphModule
-    extra_inputs: tuple[Any, ...]
-    bindings: tuple[Binding, ...]
-    records: tuple[SiteRecord, ...]
+    markers = [node for node in graph.nodes if is_marker(node)]
+    if not markers:
+        return ()
+    sites, refused = matched(graph)
+    by_marker = {marker: site for site in sites if (marker := _marker_of(graph, site)) is not None}
+    records = tuple(_rewrite(marker, by_marker.get(marker), refused) for marker in markers)
+    if any(record.status == "rewritten" for record in records):
+        dense.rewrite(graph)
+    graph.lint()
+    return records
 
 
-def skip_experts(module: fx.GraphModule, rule: KeepRule, dispatch: Dispatch, num_classes: int) -> Rewritten:
-    """Rewrite every routing site of a dynamo graph, in a copy.
-
-    Dynamo reads its own placeholders after the backend returns, and AOT wants a source on each placeholder of a dynamo
-    graph: adding inputs to the original breaks both.
-
-    Args:
-        module: Dynamo's graph; left as it is.
-        rule: Which pairs to keep.
-        dispatch: ``"compact"``, ``"static"`` or ``"auto"`` (compact on CPU, static elsewhere).
-        num_classes: Length of the bounds.
-    """
+def matched(graph: fx.Graph) -> tuple[list[RoutingSite], list[tuple[fx.Node, str, Reject]]]:
+    """Return the routing sites of a graph, marked or not; and anchors that are none, with their form and the reason."""
     sites: list[RoutingSite] = []
-    rejected: list[SiteRecord] = []
-    for form in _FORMS:
-        for anchor in form.find(module.graph):
+    refused: list[tuple[fx.Node, str, Reject]] = []
+    for form in FORMS:
+        for anchor in form.find(graph):
             try:
                 sites.append(form.match(anchor))
             except Reject as reason:
-                rejected.append(_rejection(anchor.name, reason, form.FORM))
-    while True:
-        try:
-            return _rewrite_all(module, sites, rejected, rule, dispatch, num_classes)
-        except _SiteRejectedError as refusal:  # the copy is half rewritten: begin anew without that site
-            sites.remove(refusal.site)
-            rejected.append(_rejection(refusal.site.anchor, refusal.reason, refusal.site.form))
+                refused.append((anchor, form.FORM, reason))
+    return sites, refused
 
 
-def _rejection(anchor: str, reason: Reject, form: str) -> SiteRecord:
-    return SiteRecord(anchor, "", "rejected", reason.code, reason.detail, form)
+def _marker_of(graph: fx.Graph, site: RoutingSite) -> fx.Node | None:
+    """Return the marker that a site's weights come from, through views alone."""
+    node = next(item for item in graph.nodes if item.name == site.weights_S)
+    while node.op == "call_method" and node.target in _VIEWS:
+        node = node.args[0]
+    marker = node.args[0] if is_getitem(node, 0) else None
+    return marker if isinstance(marker, fx.Node) and is_marker(marker) else None
 
 
-class _SiteRejectedError(Exception):
-    def __init__(self, site: RoutingSite, reason: Reject) -> None:
-        super().__init__(str(reason))
-        self.site = site
-        self.reason = reason
+def _rewrite(marker: fx.Node, site: RoutingSite | None, refused: Iterable[tuple[fx.Node, str, Reject]]) -> SiteRecord:
+    weights, ids, classes, bounds, table, rule, dispatch, layer = marker.args
+    if site is None:
+        return _left(marker, refused, layer)
+    node = {item.name: item for item in marker.graph.nodes}
+    hidden = node[site.hidden_TH].meta["example_value"]
+    form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
+    why_not = kept_gemms.why_not(marker.graph, site) if form == "compact" else "static dispatch"
+    rewrite, gemms = (_REWRITES[form], why_not) if why_not else (kept_gemms.rewrite, kept_gemms.kind(marker.graph, site))
+    if form == "compact":
+        _allow_kept_lengths(hidden)
+    given = [item for item in (weights, ids, classes, bounds, table) if item is not None]
+    decided = Emitter(before=marker.next).trace(_decide, *given, rule=rule)
+    keep, new_weights = decided[0], decided[1] if len(decided) > 1 else weights
+    try:
+        rewrite(marker.graph, site, keep)
+    except Reject as reason:
+        erase_unused(decided)
+        return SiteRecord(site.anchor, "", "rejected", reason.code, reason.detail, site.form, layer=layer)
+    for index, now in enumerate((new_weights, keep)):
+        for output in [user for user in marker.users if is_getitem(user, index)]:
+            output.replace_all_uses_with(now)
+            marker.graph.erase_node(output)
+    marker.graph.erase_node(marker)
+    source = source_of(node[site.weight_inputs[0]])
+    record = SiteRecord(site.anchor, source, "rewritten", "", "", site.form, form, site.top_k, site.num_experts, gemms)
+    return replace(record, layer=layer)
 
 
-def _rewrite_all(
-    module: fx.GraphModule,
-    sites: Sequence[RoutingSite],
-    rejected: Sequence[SiteRecord],
-    rule: KeepRule,
-    dispatch: Dispatch,
-    num_classes: int,
-) -> Rewritten:
-    result = fx.GraphModule(module, copy.deepcopy(module.graph))
-    graph = result.graph
-    node = {item.name: item for item in graph.nodes}
-    placeholders = [item for item in graph.nodes if item.op == "placeholder"]
-    original = [item for item in module.graph.nodes if item.op == "placeholder"]
-    position = {item.name: index for index, item in enumerate(placeholders)}
-
-    added: list[list[fx.Node]] = []
-    for index, site in enumerate(sites):
-        hidden = node[site.hidden_TH].meta["example_value"]
-        inputs: list[tuple[str, tuple[Any, ...], torch.dtype]] = [
-            ("token_class", (hidden.shape[0],), torch.int64),
-            ("bounds", (num_classes,), torch.float32),
-        ]
-        if takes_table(rule):
-            inputs.append(("table", table_shape(rule, site.num_experts), torch.float32))
-        added.append([_placeholder(graph, f"modes_fx_{name}_{index}", shape, kind, hidden) for name, shape, kind in inputs])
-
-    bindings = []
-    outputs: list[fx.Node] = []
-    for index, site in enumerate(sites):
-        hidden = node[site.hidden_TH].meta["example_value"]
-        form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
-        why_not = kept_gemms.why_not(graph, site) if form == "compact" else "static dispatch"
-        rewrite, gemms = (_REWRITES[form], why_not) if why_not else (kept_gemms.rewrite, kept_gemms.kind(graph, site))
-        try:
-            token_count = _size_of(hidden.shape[0], original)
-            outputs.append(rewrite(graph, site, rule, *added[index]))
-        except Reject as reason:
-            raise _SiteRejectedError(site, reason) from reason
-        sources = tuple(source_of(original[position[name]]) for name in site.weight_inputs)
-        sizes = (site.top_k, site.num_experts)
-        record = SiteRecord(site.anchor, sources[0], "rewritten", "", "", site.form, form, *sizes, gemms)
-        weight_inputs = tuple(position[name] for name in site.weight_inputs)
-        bindings.append(Binding(record, weight_inputs, sources, site.top_k, token_count))
-    if bindings:
-        dense.rewrite(graph)
-    output = next(item for item in graph.nodes if item.op == "output")
-    output.args = ((*output.args[0], *outputs),)
-    graph.lint()
-    result.recompile()
-    extra = tuple(item.meta["example_value"] for of_site in added for item in of_site)
-    return Rewritten(result, extra, tuple(bindings), (*rejected, *(item.record for item in bindings)))
+def _left(marker: fx.Node, refused: Iterable[tuple[fx.Node, str, Reject]], layer: int) -> SiteRecord:
+    """Say why no dispatch was found behind a marker: the reason of an anchor on the same experts' ids, if there is one."""
+    after = {marker, marker.args[1]}
+    for node in marker.graph.nodes:
+        if any(source in after for source in node.all_input_nodes):
+            after.add(node)
+    for anchor, form, reason in refused:
+        if anchor in after:
+            return SiteRecord(anchor.name, "", "rejected", reason.code, reason.detail, form, layer=layer)
+    return SiteRecord(marker.name, "", "rejected", "NO_DISPATCH", "no expert dispatch takes the marked weights", layer=layer)
 
 
-def _placeholder(graph: fx.Graph, name: str, shape: tuple[Any, ...], dtype: torch.dtype, like: torch.Tensor) -> fx.Node:
-    last = [item for item in graph.nodes if item.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        node = graph.placeholder(name)
-    with under_fake(fake_mode_of(graph)):
-        node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=like.device)
-    return node
+def _decide(
+    weights: Tensor, ids: Tensor, classes: Tensor, bounds: Tensor, table: Tensor | None = None, *, rule: str
+) -> tuple[Tensor, ...]:
+    keep, new_weights = decide(rule_of(rule).keep, ids, weights, classes, bounds, table)
+    return (keep,) if new_weights is None else (keep, new_weights)
 
 
-def _size_of(size: int | torch.SymInt, placeholders: Sequence[fx.Node]) -> Callable[[Sequence[Any]], int]:
-    """Return a function of the graph's run-time inputs that computes a size that dynamo may have made symbolic.
-
-    Raises:
-        Reject: ``TOKENS_UNKNOWN`` when it depends on more than the inputs' sizes.
-    """
-    if isinstance(size, int):
-        return lambda inputs: size
-    expression = size.node.expr
-    where: dict[sympy.Symbol, tuple[int, int | None]] = {}
-    for position, placeholder in enumerate(placeholders):
-        value = placeholder.meta.get("example_value")
-        if isinstance(value, torch.SymInt):
-            where.setdefault(value.node.expr, (position, None))
-        elif isinstance(value, torch.Tensor):
-            for dim, extent in enumerate(value.shape):
-                if isinstance(extent, torch.SymInt):
-                    where.setdefault(extent.node.expr, (position, dim))
-    symbols = sorted(expression.free_symbols, key=str)
-    if unknown := [str(symbol) for symbol in symbols if symbol not in where]:
-        which = f"the number of tokens, {expression}, depends on data"
-        raise Reject("TOKENS_UNKNOWN", f"{which}: no input of the graph has the size {', '.join(unknown)}")
-    compute = sympy.lambdify(symbols, expression, modules="math")
-    places = [where[symbol] for symbol in symbols]
-
-    def size_of(inputs: Sequence[Any]) -> int:
-        return int(compute(*(inputs[i] if dim is None else inputs[i].shape[dim] for i, dim in places)))
-
-    return size_of
+def _allow_kept_lengths(value: Tensor) -> None:
+    """Let this one trace hold lengths that depend on data (the number of kept pairs), which only fullgraph traces may."""
+    if isinstance(value, FakeTensor) and value.fake_mode.shape_env is not None:
+        shape_env = value.fake_mode.shape_env
+        shape_env.settings = replace(shape_env.settings, allow_dynamic_output_shape_ops=True)
 
 
 def source_of(placeholder: fx.Node) -> str:

@@ -35,6 +35,11 @@ def gathers(node: fx.Node, index: fx.Node | None = None) -> bool:
     return isinstance(found, fx.Node) and index in (None, found)
 
 
+def is_marker(node: fx.Node) -> bool:
+    """Return whether a node is the marker of a dispatch; see ``graph.marker``."""
+    return node.op == "call_function" and str(node.target) == "modes_fx.keep.default"
+
+
 def argument(node: fx.Node, position: int, name: str) -> Any:
     """Return an argument however it was passed; None where it was not."""
     return node.args[position] if position < len(node.args) else node.kwargs.get(name)

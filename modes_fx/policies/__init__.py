@@ -4,7 +4,7 @@ A rule sees tensors and returns tensors; a plan names it and holds its bounds (a
 ``modes_fx.policies.rule`` for what a rule may ask for, and ``examples/custom_policy.py``.
 """
 
-from modes_fx.policies.registry import RULES, register
+from modes_fx.policies.registry import RULES, key_of, register, rule_of
 from modes_fx.policies.rule import KeepRule, Rule, decide, table_shape, takes_table
 
-__all__ = ["RULES", "KeepRule", "Rule", "decide", "register", "table_shape", "takes_table"]
+__all__ = ["RULES", "KeepRule", "Rule", "decide", "key_of", "register", "rule_of", "table_shape", "takes_table"]

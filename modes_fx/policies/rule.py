@@ -43,7 +43,7 @@ class Rule:
         keep: Decides the pairs.
         keep_all: A bound that keeps every pair.
         skip_all: A bound that skips every pair, for padding.
-        protects: Whether the tokens that matter most to later ones keep all pairs in prefill (``modes_fx.protection``).
+        protects: Whether the tokens that matter most to later ones keep all pairs in prefill (``modes_fx.graph.protection``).
 
     Raises:
         ModesFxError: ``keep`` asks for what there is not.
@@ -81,37 +81,34 @@ def table_shape(rule: KeepRule, num_experts: int) -> tuple[int, ...]:
 
 def decide(
     rule: KeepRule,
-    expert_ids_S: Tensor,
-    weights_S: Tensor,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
     token_class: Tensor,
     bounds: Tensor,
     table: Tensor | None = None,
-    *,
-    top_k: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Apply a rule to dispatched weights, in float32 whatever their dtype: thresholds are never rounded.
 
     Args:
         rule: The rule.
-        expert_ids_S: int64 [T * K], token by token.
-        weights_S: [T * K], likewise.
+        expert_ids_TK: int64 [T, K].
+        weights_TK: [T, K].
         token_class: int64 [T].
         bounds: float32 [number of classes].
         table: The layer's, if the rule asks for one.
-        top_k: K.
 
     Returns:
-        bool [T, K]; and weights [T * K] to put in place of ``weights_S``, or None to leave them.
+        bool [T, K]; and weights [T, K] to put in place of ``weights_TK``, or None to leave them.
     """
     asked = _asked(rule)
     given = {name: table for name in asked if name in _TABLES}
     if _EXPERT_IDS in asked:
-        given[_EXPERT_IDS] = expert_ids_S.reshape(-1, top_k)
-    decision = rule(weights_S.reshape(-1, top_k).float(), bounds[token_class], **given)
+        given[_EXPERT_IDS] = expert_ids_TK
+    decision = rule(weights_TK.float(), bounds[token_class], **given)
     if not isinstance(decision, tuple):
         return decision, None
-    keep_TK, weights_TK = decision
-    return keep_TK, weights_TK.reshape(-1).type_as(weights_S)
+    keep_TK, new_TK = decision
+    return keep_TK, new_TK.type_as(weights_TK)
 
 
 def _asked(rule: KeepRule) -> tuple[str, ...]:

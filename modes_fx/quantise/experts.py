@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from modes_fx.errors import ModelError, NoRoutingSiteError
-from modes_fx.regions import MoeLayer, find_moe_layers
+from modes_fx.layers import MoeLayer, find_moe_layers
 
 _GROUP_SIZES = (32, 64, 128)
 

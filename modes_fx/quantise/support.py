@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from modes_fx.layers import MoeLayer, has_torchao_weights
 from modes_fx.passes.site import SiteRecord
-from modes_fx.regions import MoeLayer, has_torchao_weights
 
 
 def support_quantised(layers: Sequence[MoeLayer]) -> dict[int, SiteRecord]:

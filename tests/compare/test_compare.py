@@ -16,8 +16,8 @@ from modes_fx.compare import CONTENDERS, Comparison, Row, compare, mean_row
 from modes_fx.compare.contenders import contender
 from modes_fx.compare.samples import SampleObjective
 from modes_fx.errors import CalibrationError, ModesFxError, PlanError
+from modes_fx.layers import find_moe_layers
 from modes_fx.policies import RULES, Rule, register
-from modes_fx.regions import find_moe_layers
 from tests import harness, oracle, tiny
 from tests.calib.conftest import oracle_kl, with_answers, without_labels
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 import modes_fx
+from modes_fx.layers import find_moe_layers
 from modes_fx.optimize import optimized_state
 from modes_fx.passes.skip_experts import Dispatch
-from modes_fx.regions import find_moe_layers
 from tests.harness import logits
 
 

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from modes_fx.regions import find_moe_layers
+from modes_fx.layers import find_moe_layers
 from tests.families.family import Family
 from tests.families.text import TEXT
 from tests.families.vision import VISION

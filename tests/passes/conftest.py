@@ -35,7 +35,7 @@ class Form:
     dispatch: str
     dtype: torch.dtype
     experts: nn.Module = field(init=False)
-    runtime: harness.FixedRuntime = field(default_factory=lambda: harness.FixedRuntime(recording=True))
+    runtime: harness.FixedRuntime = field(default_factory=lambda: harness.FixedRuntime())
     log: harness.GemmLog = field(default_factory=harness.GemmLog)
 
     def __post_init__(self) -> None:
@@ -54,9 +54,9 @@ class Form:
 
     @property
     def kept(self) -> list[int]:
-        """The pairs recorded in the last call, in the order of their rows."""
+        """The pairs kept in the last call, in ascending order."""
         (pairs,) = self.runtime.recorded
-        return pairs[pairs >= 0].tolist()
+        return pairs.tolist()
 
     def __call__(self, routing: "Routing", bounds: Tensor, classes: Tensor | None = None) -> Tensor:
         self.log.clear()
@@ -68,7 +68,7 @@ class Form:
                 torch._dynamo.mark_dynamic(tensor, 0)
         with torch.no_grad():
             out = self._run(*inputs)
-        assert all(record.status == "rewritten" for graph in self.runtime.graphs for record in graph.records)
+        assert all(record.status == "rewritten" for graph in self.runtime.graphs for record in graph)
         return out
 
     def stock(self, routing: "Routing") -> Tensor:

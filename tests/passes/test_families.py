@@ -16,15 +16,15 @@ def test_static_form_of_a_block_equals_its_compact_form(family: str, dtype: torc
     hidden = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
     outputs = []
     for dispatch in ("compact", "static"):
-        runtime = harness.FixedRuntime(torch.arange(12) % 3, torch.tensor([0.3, 0.45, float("inf")]), recording=True)
+        runtime = harness.FixedRuntime(torch.arange(12) % 3, torch.tensor([0.3, 0.45, float("inf")]))
         run = harness.compiled_block(block, dispatch, runtime)
         with torch.no_grad():
             out = run(hidden)
         outputs.append((out[0] if isinstance(out, tuple) else out).float())
         (graph,) = runtime.graphs
-        assert [(record.status, record.code, record.dispatch) for record in graph.records] == [("rewritten", "", dispatch)]
+        assert [(record.status, record.code, record.dispatch) for record in graph] == [("rewritten", "", dispatch)]
         (pairs,) = runtime.recorded
-        assert 0 < int((pairs >= 0).sum()) < 12 * graph.bindings[0].top_k
+        assert 0 < len(pairs) < 12 * graph[0].top_k
     scale = outputs[0].abs().max()
     # bfloat16: compact adds a token's experts up in float32, static in the stock order of the sum
     assert (outputs[0] - outputs[1]).abs().max() <= (1e-5 if dtype is torch.float32 else 0.02) * scale

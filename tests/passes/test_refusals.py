@@ -38,7 +38,7 @@ def stock(request: pytest.FixtureRequest) -> str:
 def test_the_imitation_itself_is_rewritten(stock: str) -> None:
     for form in ("compact", "static"):
         found = harness.capture(STOCK[stock], *inputs(), dispatch=form)
-        assert [(record.status, record.form) for record in found.rewritten.records] == [("rewritten", stock)]
+        assert [(record.status, record.form) for record in found.records] == [("rewritten", stock)]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_body_that_mixes_rows_where_rows_are_as_many_as_columns(stock: str, fo
 )
 def test_a_body_that_works_row_by_row_is_rewritten(stock: str, body: Step) -> None:
     found = harness.capture(functools.partial(STOCK[stock], body=body), *inputs(), dispatch="static")
-    assert [(record.status, record.detail) for record in found.rewritten.records] == [("rewritten", "")]
+    assert [(record.status, record.detail) for record in found.records] == [("rewritten", "")]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_rows_that_are_not_each_token_k_times(repeat: Step) -> None:
 def test_matrices_by_other_ids_than_the_first() -> None:
     function = functools.partial(batched, second=lambda ids: (ids + 1) % EXPERTS)
     found = harness.capture(function, *inputs())
-    assert not found.rewritten.bindings
-    assert [record.code for record in found.rewritten.records] == ["BODY_MIXES_ROWS", "NOT_A_DISPATCH"]  # one for each ids
+    assert not any(record.status == "rewritten" for record in found.records)
+    assert [record.code for record in found.records] == ["BODY_MIXES_ROWS", "NOT_A_DISPATCH"]  # one for each ids
 
 
 def test_a_product_of_gathered_matrices_that_is_no_dispatch() -> None:
@@ -237,13 +237,13 @@ def test_experts_whose_weights_are_no_inputs(stock: str) -> None:
     assert refused(made_inside, *rest) == "NO_EXPERT_WEIGHTS"
 
 
-def test_a_number_of_tokens_that_depends_on_data(stock: str) -> None:
+def test_a_number_of_tokens_that_depends_on_data_is_no_obstacle(stock: str) -> None:
     def picked(x: Tensor, ids: Tensor, scores: Tensor, w1: Tensor, w2: Tensor) -> Any:
         rows = (x[:, 0] > 0).nonzero().squeeze(1)
         return STOCK[stock](x[rows], ids[rows], scores[rows], w1, w2)
 
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        assert refused(picked, *inputs()) == "TOKENS_UNKNOWN"
+        assert [record.status for record in harness.capture(picked, *inputs()).records] == ["rewritten"]
 
 
 def test_matrices_picked_from_a_tuple_are_no_anchor() -> None:
@@ -276,8 +276,8 @@ def test_expert_parallel_experts(stock: str, form: str) -> None:
 @pytest.mark.parametrize("form", ["compact", "static"])
 def test_a_graph_without_a_dispatch_is_left_alone_and_has_no_record(form: str) -> None:
     found = harness.capture(lambda x: torch.relu(x) + 1, torch.randn(3, 4), dispatch=form)
-    assert found.rewritten.records == found.rewritten.bindings == ()
-    assert harness.text(found.rewritten.module) == found.before
+    assert found.records == ()
+    assert harness.text(found.module) == found.before
 
 
 @pytest.mark.parametrize("form", ["compact", "static"])
@@ -289,7 +289,7 @@ def test_a_refused_site_leaves_another_of_the_same_graph_rewritten(stock: str, f
     x, ids, scores, w1, w2 = inputs()
     args = (x, ids, scores, w1, w2, w1 + 1, w2 - 1)
     found = harness.capture(two, *args, dispatch=form)
-    assert sorted((record.status, record.code) for record in found.rewritten.records) == [
+    assert sorted((record.status, record.code) for record in found.records) == [
         ("rejected", "WEIGHTS_HAVE_OTHER_USERS"),
         ("rewritten", ""),
     ]

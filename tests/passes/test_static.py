@@ -12,10 +12,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import modes_fx
-from modes_fx.backend import SkipBackend
-from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
-from tests.passes.conftest import STOCK, TOP_K, Routing, assert_close, expected, tolerance
+from tests.passes.conftest import STOCK, Routing, assert_close, expected, tolerance
 
 aten = torch.ops.aten
 WAITS = {
@@ -100,7 +98,7 @@ def test_the_compact_dispatch_would_be_noticed() -> None:
     routing = experts.routing
     found = harness.capture(experts.experts.forward, routing.hidden, routing.ids, routing.weights, dispatch="compact")
     with pytest.raises(AssertionError, match="sort_pairs"):
-        assert_waits_for_nothing(found.rewritten.module.graph, "example_value")
+        assert_waits_for_nothing(found.module.graph, "example_value")
 
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
@@ -154,13 +152,13 @@ def test_the_graph_that_cuda_gets_is_rewritten_too(dtype: torch.dtype) -> None:
         for node in (ids, histc):
             with node.meta["example_value"].fake_mode:
                 node.meta["example_value"] = node.meta["example_value"].int()
-        return SkipBackend(case.runtime, RULES["threshold"].keep, "static", imitate)(module, inputs)
+        return harness.Marked(case.runtime, "static", imitate)(module, inputs)
 
     routing = case.routing
     with torch.no_grad():
         out = harness.compiled(case.experts.forward, cuda, dynamic=False)(routing.hidden, routing.ids, routing.weights)
     (graph,) = case.runtime.graphs
-    assert [(record.status, record.dispatch) for record in graph.records] == [("rewritten", "static")]
+    assert [(record.status, record.dispatch) for record in graph] == [("rewritten", "static")]
     case.check(out, dtype)
 
 
@@ -171,13 +169,14 @@ def test_a_whole_decoding_model_in_the_batched_form_waits_for_no_data(monkeypatc
         graphs.append(module.graph)
         return module.forward
 
-    harness.compile_with(monkeypatch, keep)
-    model = modes_fx.optimize(tiny.make("qwen3_moe"), region="model", dispatch="static")
+    monkeypatch.setattr("modes_fx.graph.stock.inductor", keep)
+    model = tiny.make("qwen3_moe")
     model.set_experts_implementation("batched_mm")
-    stock = harness.logits(tiny.make("qwen3_moe"), tiny.text_batch(2, 1))
-    ours = harness.logits(model, tiny.text_batch(2, 1))
+    inputs = tiny.text_batch(2, 1)
+    stock = harness.logits(model, inputs)
+    options = {"plan": modes_fx.SkipPlan.uniform(text=0.0, vision=0.0), "dispatch": "static"}
+    ours = harness.logits(torch.compile(model, backend="modes_fx", options=options), inputs)
     assert harness.relative_error(ours, stock, torch.ones(2, 1) == 1) <= tolerance(torch.float32)
     (graph,) = graphs
-    assert sum(node.target is torch.bmm for node in graph.nodes) >= 2 * len(modes_fx.report(model).sites)
+    assert sum(node.target is torch.bmm for node in graph.nodes) >= 2 * len(oracle.experts_of(model))
     assert_waits_for_nothing(graph, "example_value")
-    assert {site.top_k for site in modes_fx.report(model).sites} == {TOP_K}

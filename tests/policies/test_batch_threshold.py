@@ -39,7 +39,7 @@ def kept(batch: Batch, table: Tensor | None, bounds: Tensor = CLASSES) -> Tensor
     """What is kept under slacks, or under plain thresholds without."""
     weights, ids, classes = batch
     rule = RULES["threshold" if table is None else "batch_threshold"].keep
-    return decide(rule, ids.reshape(-1), weights.reshape(-1), classes, bounds, table, top_k=TOP_K)[0]
+    return decide(rule, ids, weights, classes, bounds, table)[0]
 
 
 def experts_read(batch: Batch, keep: Tensor) -> set[int]:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import modes_fx
 from modes_fx.errors import ModelError, PlanError
-from modes_fx.graph_backend import GraphRuntime
+from modes_fx.graph.protection import attention_received, protected
+from modes_fx.graph.stock import Marking
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
-from modes_fx.protection import attention_received, protected
 from tests import harness, oracle, tiny
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -84,11 +84,12 @@ class ProtectingOracle(oracle.Oracle):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.45, 1e9])
-def test_protected_tokens_keep_all_and_others_what_naee_keeps(vlm: nn.Module, beta: float) -> None:
+@pytest.mark.parametrize("region", ["moe", "layer", "model"])
+def test_protected_tokens_keep_all_and_others_what_naee_keeps(vlm: nn.Module, beta: float, region: Any) -> None:
     classes = tiny.classes(INPUTS)
     wanted = ProtectingOracle(tiny.make(), torch.full((2, 2), beta), torch.float32).protect(classes)
     expected = wanted(classes, **INPUTS, use_cache=False).logits
-    modes_fx.optimize(vlm, plan(beta))
+    modes_fx.optimize(vlm, plan(beta), region=region)
     with modes_fx.stats(vlm) as stats:
         actual = harness.logits(vlm, INPUTS)
     assert stats.pairs_kept[..., 0].equal(wanted.kept[..., 0])
@@ -97,7 +98,8 @@ def test_protected_tokens_keep_all_and_others_what_naee_keeps(vlm: nn.Module, be
         assert int(stats.pairs_kept.sum()) == 2 * 3 * 3  # layers x sequences x K: one token of each
     graphs = modes_fx.report(vlm).graphs
     modes_fx.set_plan(vlm, plan(0.3))
-    harness.logits(vlm, INPUTS)
+    with stats:
+        harness.logits(vlm, INPUTS)
     assert modes_fx.report(vlm).graphs == graphs
 
 
@@ -119,8 +121,6 @@ def test_restore_gives_the_attention_back(vlm: nn.Module) -> None:
 
 
 def test_attention_that_cannot_be_observed_is_refused(vlm: nn.Module) -> None:
-    with pytest.raises(ModelError, match='region="layer"'):
-        modes_fx.optimize(vlm, plan(0.4), region="layer")
     vlm.set_attn_implementation("eager")
     with pytest.raises(ModelError, match=r"runs as \['eager'\].*sdpa"):
         modes_fx.optimize(vlm, plan(0.4))
@@ -134,9 +134,9 @@ def test_a_prefill_whose_attention_was_not_seen_is_an_error(vlm: nn.Module) -> N
         harness.logits(vlm, INPUTS)
     modes_fx.set_plan(vlm, None)
     harness.logits(vlm, INPUTS)
-    assert optimized_state(vlm).runtime.keeps_all
+    assert optimized_state(vlm).runtime.in_force.keeps_all
 
 
 def test_the_bare_backend_cannot_protect() -> None:
     with pytest.raises(PlanError, match="'mc_moe' observes attention"):
-        GraphRuntime(torch.fx.symbolic_trace(nn.Identity()), plan(0.4), None, None, None)
+        Marking(torch.fx.symbolic_trace(nn.Identity()), plan(0.4))

@@ -36,10 +36,9 @@ def decided(name: str, weights: Tensor, ids: Tensor, beta: float) -> tuple[Tenso
     """What a rule keeps, and the weights of what it keeps."""
     classes = torch.zeros(len(weights), dtype=torch.int64)
     keep, other = decide(
-        RULES[name].keep, ids.reshape(-1), weights.reshape(-1), classes, torch.tensor([beta]), table_for(name, EXPERTS),
-        top_k=weights.shape[1],
+        RULES[name].keep, ids, weights, classes, torch.tensor([beta]), table_for(name, EXPERTS)
     )  # fmt: skip
-    return keep, weights if other is None else other.reshape(weights.shape)
+    return keep, weights if other is None else other
 
 
 @pytest.mark.parametrize("name", ["naee", "naee_top2", "diep", "random"])

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import nn
 
+from modes_fx.layers import find_moe_layers
 from modes_fx.quantise import quantise_experts
-from modes_fx.regions import find_moe_layers
 from tests import oracle, tiny
 from tests.families.family import spread
 

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import modes_fx
 from modes_fx.errors import ModelError, NoRoutingSiteError
+from modes_fx.layers import find_moe_layers
 from modes_fx.plan import SkipPlan
 from modes_fx.quantise import quantise_experts
 from modes_fx.quantise.memory import weight_bytes
-from modes_fx.regions import find_moe_layers
 from tests import harness, tiny
 from tests.harness import logits, plan_of, relative_error
 from tests.oracle import Oracle, random_bounds

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,41 +22,30 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from modes_fx import modality
 from modes_fx.errors import ModelError
-from modes_fx.modality import CLASSES, PADDING, Tokens
-from modes_fx.regions import MoeLayer, Region
-from modes_fx.watch import Watch
+from modes_fx.graph.running import RUNNING, Forward
+from modes_fx.graph.runtime import Runtime
+from modes_fx.graph.watch import Watch
+from modes_fx.layers import MoeLayer
+from modes_fx.modality import CLASSES, PADDING
 
 IMPLEMENTATION = "modes_fx_observed"
 SHARE = 0.02
 
 
-@dataclass(frozen=True)
-class ObservedTokens(Tokens):
-    """The tokens of one decoder layer in prefill. Once its attention has run, protected ones are ``CLASSES`` higher.
-
-    Attributes:
-        norms: float32 [B, S], ``|t|_1``.
-        seen: Holds True once attention has run.
-    """
-
-    norms: Tensor | None = None
-    seen: list[bool] | None = None
-
-
 class LayerWatch(Watch):
-    """Publishes tokens of its own for one decoder layer, whose attention then marks those to protect."""
+    """Publishes a forward of its own for one decoder layer, whose attention then marks the tokens to protect."""
 
-    def _tokens(self, outer: Tokens | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
+    def _forward(self, outer: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         if outer is None or outer.phase == "decode" or not outer.ids.dim():
             return outer
         hidden = args[0] if args else kwargs["hidden_states"]
-        norms = hidden.detach().abs().sum(dim=-1, dtype=torch.float32)
-        return ObservedTokens(outer.ids.clone(), outer.phase, outer.expert_groups, norms=norms, seen=[])
+        mine = outer.narrowed(outer.ids, outer.phase, outer.expert_groups)
+        mine.norms = hidden.detach().abs().sum(dim=-1, dtype=torch.float32)
+        return mine
 
 
-def watch_attention(layers: Sequence[MoeLayer], region: Region) -> tuple[list[Watch], list[tuple[Any, str]]]:
+def watch_attention(layers: Sequence[MoeLayer], runtime: Runtime) -> tuple[list[Watch], list[tuple[Any, str]]]:
     """Observe the attention of each MoE layer.
 
     Returns:
@@ -65,10 +53,8 @@ def watch_attention(layers: Sequence[MoeLayer], region: Region) -> tuple[list[Wa
         name that it had.
 
     Raises:
-        ModelError: Attention is inside the compiled region, or is none that can be observed.
+        ModelError: Attention is none that can be observed.
     """
-    if region != "moe":
-        raise ModelError(f'A rule that protects tokens observes attention, which region="{region}" compiles. Use region="moe".')
     blocks = list({id(layer.layer): layer.layer for layer in layers}.values())
     found: Iterator[Any] = (getattr(module, "config", None) for block in blocks for module in block.modules())
     configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}.values()
@@ -81,23 +67,9 @@ def watch_attention(layers: Sequence[MoeLayer], region: Region) -> tuple[list[Wa
         )
     for config, _ in named:
         config._attn_implementation = IMPLEMENTATION
-    return [LayerWatch(block) for block in blocks], named
+    return [LayerWatch(block, runtime) for block in blocks], named
 
 
-def check_observed(tokens: Tokens | None, layer: str) -> None:
-    """Refuse a prefill whose attention was not seen, rather than protect nothing.
-
-    Raises:
-        ModelError: It was not.
-    """
-    if isinstance(tokens, ObservedTokens) and not tokens.seen:
-        raise ModelError(
-            f"{layer} ran before any attention of its decoder layer was observed, so it is unknown which tokens the rule "
-            "protects. Choose a rule that protects none: naee."
-        )
-
-
-@torch._dynamo.disable  # type: ignore[untyped-decorator]
 def observed_attention(
     module: nn.Module,
     query: Tensor,
@@ -109,10 +81,10 @@ def observed_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Run sdpa, and mark the tokens to protect; transformers calls this under the name ``modes_fx_observed``."""
-    tokens = modality.running()
-    if isinstance(tokens, ObservedTokens) and query.shape[2] == tokens.ids.shape[1]:
-        with torch.no_grad():
-            _protect(tokens, attention_received(query, key, attention_mask, scaling, tokens.ids != PADDING))
+    forward = RUNNING.forward
+    if forward is not None and forward.norms is not None and not forward.observed and query.shape[2] == forward.ids.shape[1]:
+        with torch.no_grad():  # a layer that attends twice (to itself, then to an encoder) is judged by the first
+            _protect(forward, attention_received(query, key, attention_mask, scaling, forward.ids != PADDING))
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
@@ -164,14 +136,11 @@ def protected(importance: Tensor, real: Tensor) -> Tensor:
     return (rank < count) & real
 
 
-def _protect(tokens: ObservedTokens, received: Tensor) -> None:
-    assert tokens.norms is not None
-    assert tokens.seen is not None
-    ids = tokens.ids
-    mine = protected(tokens.norms.to(received.device) * received, (ids != PADDING).to(received.device))
-    if not tokens.seen:  # a layer that attends twice (to itself, then to an encoder) is judged by the first
-        ids += CLASSES * mine.to(ids.device)
-        tokens.seen.append(True)
+def _protect(forward: Forward, received: Tensor) -> None:
+    assert forward.norms is not None
+    ids = forward.ids
+    mine = protected(forward.norms.to(received.device) * received, (ids != PADDING).to(received.device))
+    forward.observe(ids + CLASSES * mine.to(ids.device))
 
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, observed_attention)

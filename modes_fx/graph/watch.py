@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.decorators import skip
 
 from modes_fx import modality
 from modes_fx.errors import ModalityError
-from modes_fx.modality import PADDING, RUNNING, TEXT, VISION, Tokens, token_ids_for
-from modes_fx.regions import MoeLayer, Region
+from modes_fx.graph.running import RUNNING, Forward
+from modes_fx.graph.runtime import Runtime
+from modes_fx.graph.takeover import Call, Takeover
+from modes_fx.layers import MoeLayer
+from modes_fx.modality import PADDING, TEXT, VISION, Phase, token_ids_for
 
 _TAKES_TOKENS = {"inputs_embeds"}
 _TAKES_PIXELS = {"pixel_values", "pixel_values_videos", "grid_thw"}
@@ -25,84 +27,64 @@ _TAKES_CANVAS = {"decoder_input_ids"}  # of a block diffusion decoder: tokens th
 _EXPERT_GROUPS = {"text_moe": False, "vision_moe": True}  # the parents of ernie4_5_vl_moe's experts
 
 
-def watch_modality(
-    model: nn.Module,
-    layers: Sequence[MoeLayer],
-    region: Region,
-    required: Callable[[], bool],
-    forward_ended: Callable[[], None],
-) -> list[Watch]:
-    """Watch each module, on the way down to the regions, that knows its tokens.
+def watch_modality(model: nn.Module, layers: Sequence[MoeLayer], runtime: Runtime, check: Callable[[], None]) -> list[Watch]:
+    """Watch each module, on the way down to the MoE layers, that knows its tokens.
 
     Args:
         model: The model.
         layers: Its MoE layers.
-        region: What is compiled. A watch stands in front of a region, never inside.
-        required: Says whether anything depends on the modality now; if not, it may stay unknown.
-        forward_ended: Called after each forward.
+        runtime: The model's.
+        check: Called at the beginning of each forward.
     """
     vision_ids, sees_images = token_ids_for(model)
-    regions = [layer.region(region) for layer in layers]
-    inside = {id(part) for module in regions for part in module.modules() if part is not module}
     experts = {id(layer.experts if layer.stands_for is None else layer.stands_for) for layer in layers}
     watches: list[Watch] = []
-    for module in model.modules():
-        if id(module) in inside or not any(id(part) in experts for part in module.modules()):
+    for module in list(model.modules()):
+        if not any(id(part) in experts for part in module.modules()):
             continue
         takes = set(inspect.signature(module.forward).parameters)
         if takes & _TAKES_TOKENS:
-            watches.append(ModalityWatch(module, vision_ids, sees_images, required, forward_ended))
+            watches.append(ModalityWatch(module, runtime, vision_ids, sees_images, check))
         elif takes & _TAKES_PIXELS and "input_ids" not in takes:
-            watches.append(OneClassWatch(module, Tokens(torch.tensor(VISION), "prefill")))
+            watches.append(OneClassWatch(module, runtime, VISION, "prefill"))
         elif takes & _TAKES_CANVAS and "input_ids" not in takes:
-            watches.append(OneClassWatch(module, Tokens(torch.tensor(TEXT), "decode")))
+            watches.append(OneClassWatch(module, runtime, TEXT, "decode"))
     if not watches:
-        watches.append(ModalityWatch(model, vision_ids, sees_images, required, forward_ended))
+        watches.append(ModalityWatch(model, runtime, vision_ids, sees_images, check))
     for layer in layers:
         parent = layer.name.rpartition(".")[0]
         if (group := _EXPERT_GROUPS.get(parent.rpartition(".")[2])) is not None:
-            watches.append(GroupWatch(model.get_submodule(parent), vision=group))
+            watches.append(GroupWatch(model.get_submodule(parent), runtime, vision=group))
     return watches
 
 
-class Watch:
-    """Publishes tokens while a module is called.
-
-    It sits in front of the module's call, where ``Module.compile`` puts compiled code: unlike a hook, it does not travel into
-    copies and pickles of the model, which are not optimised.
+class Watch(Takeover):
+    """Publishes the forward that runs while a module is called.
 
     Args:
         module: The module to watch.
+        runtime: The model's.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._before = module._compiled_call_impl
-        module._compiled_call_impl = self._call
+    def __init__(self, module: nn.Module, runtime: Runtime) -> None:
+        super().__init__(module)
+        self._runtime = runtime
 
-    def remove(self) -> None:
-        """Give the module back the call that it had."""
-        self._module._compiled_call_impl = self._before
-
-    @skip  # a torch.compile around the model begins below this call
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._before or self._module._call_impl
-        outside = RUNNING.set(self._about(args, kwargs))  # no context manager: dynamo cannot trace one from its own frame
+    def call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own call inside its forward."""
+        outside = RUNNING.forward
+        mine = outside if outside is None or outside.runtime is self._runtime else None
+        forward = self._forward(mine, args, kwargs)
+        RUNNING.forward = forward
         try:
             result = call(*args, **kwargs)
+            if forward is not None and mine is None:
+                forward.end()
+            return result
         finally:
-            RUNNING.reset(outside)
-        self._ended()
-        return result
+            RUNNING.forward = outside
 
-    def _ended(self) -> None:
-        """Called after each call that raised nothing."""
-
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def _about(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
-        return self._tokens(modality.running(), args, kwargs)
-
-    def _tokens(self, outer: Tokens | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
+    def _forward(self, outer: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         """Return what to publish, given what is published outside and the call's arguments."""
         raise NotImplementedError
 
@@ -112,16 +94,21 @@ class OneClassWatch(Watch):
 
     Args:
         module: The module to watch, such as a vision tower.
-        tokens: Tokens without dimensions: their number is not known in advance.
+        runtime: The model's.
+        token_class: Theirs; their number is not known in advance.
+        phase: Theirs.
     """
 
-    def __init__(self, module: nn.Module, tokens: Tokens) -> None:
-        super().__init__(module)
-        self._published = tokens
+    def __init__(self, module: nn.Module, runtime: Runtime, token_class: int, phase: Phase) -> None:
+        super().__init__(module, runtime)
+        self._class = token_class
+        self._phase: Phase = phase
 
-    def _tokens(self, outer: Tokens | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
-        # Each call its own, since the number of tokens varies.
-        return Tokens(self._published.ids, self._published.phase)
+    def _forward(self, outer: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
+        given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        device = self._runtime.in_force.bounds.device if given is None else given.device
+        ids = torch.full((), self._class, dtype=torch.int64, device=device)
+        return _begin(self._runtime, ids, self._phase) if outer is None else outer.narrowed(ids, self._phase)
 
 
 class GroupWatch(Watch):
@@ -129,14 +116,15 @@ class GroupWatch(Watch):
 
     Args:
         module: The MoE block of one group.
+        runtime: The model's.
         vision: Whether it is the group for visual tokens.
     """
 
-    def __init__(self, module: nn.Module, *, vision: bool) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, runtime: Runtime, *, vision: bool) -> None:
+        super().__init__(module, runtime)
         self._vision = vision
 
-    def _tokens(self, outer: Tokens | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
+    def _forward(self, outer: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         return outer and outer.of_group(self._vision)
 
 
@@ -145,48 +133,41 @@ class ModalityWatch(Watch):
 
     Args:
         module: The module to watch; its ``forward`` takes ``input_ids`` or ``inputs_embeds``.
+        runtime: The model's.
         vision_ids: Placeholder ids of visual tokens.
         sees_images: Whether the model has a vision tower at all. If not, every token is text.
-        required: Says whether anything depends on the modality now; if not, it may stay unknown.
-        forward_ended: Called after each call that is inside of no other watched one.
+        check: Called where no forward runs around.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        vision_ids: tuple[int, ...],
-        sees_images: bool,
-        required: Callable[[], bool],
-        forward_ended: Callable[[], None],
+        self, module: nn.Module, runtime: Runtime, vision_ids: tuple[int, ...], sees_images: bool, check: Callable[[], None]
     ) -> None:
-        super().__init__(module)
         self._parameters = tuple(inspect.signature(module.forward).parameters)
+        super().__init__(module, runtime)
         self._vision_ids = vision_ids
         self._sees_images = sees_images
-        self._required = required
-        self._forward_ended = forward_ended
+        self._check = check
 
-    @torch._dynamo.disable  # type: ignore[untyped-decorator]
-    def _ended(self) -> None:
-        if modality.running() is None:
-            self._forward_ended()
-
-    def _tokens(self, outer: Tokens | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tokens | None:
+    def _forward(self, outer: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         reference = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
         own = inputs.get("encoder_hidden_states") is not None  # a decoder that an encoder's tokens run in front of
         if outer is not None and not own and (reference is None or _fits(outer, reference)):
             return outer  # an outer module of the same model has said it already, and no token was dropped since
+        if outer is None:
+            self._check()
         ids = self._ids(inputs, reference)
         if ids is None:
             return None
-        if ids.shape[1] == 1 and inputs.get("past_key_values") is not None:
-            return Tokens(torch.where(ids == PADDING, PADDING, TEXT), "decode")
+        phase: Phase = "prefill"
         groups = inputs.get("moe_mm_token_type_ids")
-        return Tokens(ids, "prefill", None if groups is None else groups.bool())
+        if ids.shape[1] == 1 and inputs.get("past_key_values") is not None:
+            ids, phase, groups = torch.where(ids == PADDING, PADDING, TEXT), "decode", None
+        groups = None if groups is None else groups.bool()
+        return _begin(self._runtime, ids, phase, groups) if outer is None else outer.narrowed(ids, phase, groups)
 
     def _ids(self, inputs: dict[str, Any], reference: Tensor | None) -> Tensor | None:
-        if reference is None and "input_ids" not in self._parameters and not self._required():
+        if reference is None and "input_ids" not in self._parameters and self._runtime.in_force.keeps_all:
             return None
         if reference is None:
             raise ModalityError(
@@ -205,7 +186,7 @@ class ModalityWatch(Watch):
             ids = ((types == 1) | (types == 2)).to(torch.int64)
         elif not self._sees_images:
             ids = torch.zeros(shape, dtype=torch.int64, device=reference.device)
-        elif not self._required():
+        elif self._runtime.in_force.keeps_all:
             return None
         else:
             wrong = "" if given is None else f" (modes_fx.token_modality() was given {list(given.shape)})"
@@ -235,6 +216,13 @@ class ModalityWatch(Watch):
         return ids.masked_fill(mask[:, -length:].to(ids.device) == 0, PADDING)
 
 
-def _fits(tokens: Tokens, reference: Tensor) -> bool:
+def _begin(runtime: Runtime, ids: Tensor, phase: Phase, expert_groups: Tensor | None = None) -> Forward:
+    """Begin a forward of the model, under what is in force now."""
+    if not torch.compiler.is_compiling():
+        runtime.follow(ids.device)
+    return Forward(runtime, runtime.in_force, ids, phase, expert_groups)
+
+
+def _fits(forward: Forward, reference: Tensor) -> bool:
     rows = reference.numel() // reference.shape[-1] if reference.is_floating_point() else reference.numel()
-    return not tokens.ids.dim() or tokens.ids.numel() == rows
+    return not forward.ids.dim() or forward.ids.numel() == rows

@@ -10,24 +10,23 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from modes_fx.backend import Compiled, SkipBackend
 from modes_fx.errors import ModelError
-from modes_fx.experts import stock_dispatch
+from modes_fx.graph.backend import Compiled, SkipBackend, last_sites
+from modes_fx.graph.experts import Given, dispatch_of
+from modes_fx.graph.regions import compiled_block
+from modes_fx.graph.runtime import Runtime
+from modes_fx.layers import MoeLayer, has_accelerate_hooks
 from modes_fx.passes.site import Reject, SiteRecord
-from modes_fx.passes.skip_experts import Dispatch
-from modes_fx.regions import MoeLayer, compiled_caller, has_accelerate_hooks
-from modes_fx.runtime import ModelRuntime
 
 
 def probe(
-    layers: Sequence[MoeLayer], runtime: ModelRuntime, dispatch: Dispatch, refused: Mapping[int, SiteRecord]
+    layers: Sequence[MoeLayer], runtime: Runtime, refused: Mapping[int, SiteRecord]
 ) -> tuple[list[MoeLayer], dict[int, SiteRecord]]:
     """Run each layer's block, or its experts module where the block cannot be traced alone, through the pass.
 
     Args:
-        layers: The model's MoE layers.
+        layers: The model's MoE layers, whose experts know their sites.
         runtime: Learns the rewritten sites (``runtime.sites``).
-        dispatch: See ``skip_experts``.
         refused: Layers that are known not to be rewritten, with the reasons.
 
     Returns:
@@ -42,35 +41,45 @@ def probe(
             continue
         candidates = (layer.experts,) if has_accelerate_hooks(layer.block) else (layer.block, layer.experts)
         for module in dict.fromkeys(candidates):
-            kind = type(module)
+            kind, site = type(module), None
             if kind not in callers:
-                backend = SkipBackend(runtime, runtime.rule.keep, dispatch, _run_uncompiled)
+                backend = SkipBackend(lambda sites: None, _run_uncompiled)
                 hooked = has_accelerate_hooks(module)  # the hooks run outside of what is compiled
-                callers[kind] = compiled_caller(backend, stock_dispatch) if hooked else compiled_caller(backend)
+                callers[kind] = compiled_block(backend, dispatch_of(module)) if hooked else compiled_block(backend)
+            tokens = _two_tokens(layer, module)
             try:
                 with torch.no_grad():
-                    output = callers[kind](module, *_two_tokens(layer, module))
+                    output, kept = callers[kind](module, _given(layer, runtime, tokens[0].device), *tokens)
+                if kept is not None:
+                    (site,) = last_sites()
                 if layer.stands_for is not None:
-                    _check_stand_in(layer, output if module is layer.block else None)
+                    _check_stand_in(layer, runtime, output if module is layer.block else None)
             except Reject as reason:
-                runtime.sites.pop(index, None)
-                refusals[kind] = SiteRecord("", layer.name, "rejected", reason.code, reason.detail)
-                runtime.rejections = []
+                site = SiteRecord("", layer.name, "rejected", reason.code, reason.detail)
             except Exception as error:  # whatever a model's code raises is the reason, and is reported
-                refusals[kind] = SiteRecord("", layer.name, "rejected", "NOT_TRACEABLE", _reason(error))
-            if index in runtime.sites:
-                if module is layer.experts:  # it was given one expert a token; what its router chooses the first forward shows
-                    runtime.sites[index] = replace(runtime.sites[index], top_k=0)
+                site = SiteRecord("", layer.name, "rejected", "NOT_TRACEABLE", _reason(error))
+            if site is not None and site.status == "rewritten":
+                # Experts alone were given one expert a token; what their router chooses the first forward shows.
+                runtime.sites[index] = replace(site, top_k=0) if module is layer.experts else site
                 layer = replace(layer, block=module)
                 break
-            if runtime.rejections:
-                refusals[kind] = runtime.rejections[-1]
+            if site is not None:
+                refusals[kind] = site
         else:
             nothing = SiteRecord("", layer.name, "rejected", "NO_DISPATCH", "the traced block holds no expert dispatch")
             rejected[index] = refusals.get(type(layer.experts), nothing)
         probed.append(layer)
-    runtime.graphs = 0
     return probed, rejected
+
+
+def _given(layer: MoeLayer, runtime: Runtime, device: torch.device) -> Given:
+    """Return what lets a marker keep all pairs of two text tokens."""
+    table = runtime.empty_table(layer)
+    return (
+        torch.zeros(2, dtype=torch.int64, device=device),
+        runtime.in_force.bounds[0, 0].to(device),
+        None if table is None else table.to(device),
+    )
 
 
 def _run_uncompiled(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
@@ -92,7 +101,7 @@ def _like(value: Any) -> Any:
     return torch.empty(shape, dtype=value.dtype, device=value.device)
 
 
-def _check_stand_in(layer: MoeLayer, output: Any) -> None:
+def _check_stand_in(layer: MoeLayer, runtime: Runtime, output: Any) -> None:
     """Compare a converted block with the model's own, which works on the same weights.
 
     NOTE [why by what it computes] Remote code of one structure can route in different ways; following it by reading its
@@ -104,9 +113,13 @@ def _check_stand_in(layer: MoeLayer, output: Any) -> None:
     tokens = _two_tokens(layer, layer.block)
     if tokens[0].device.type == "meta":
         return  # nothing is computed
-    with torch.no_grad():
-        wanted = tree_leaves(layer.place.forward(*tokens))
-        actual = tree_leaves(layer.block(*tokens) if output is None else output)
+    runtime.suspended = True
+    try:
+        with torch.no_grad():
+            wanted = tree_leaves(layer.place.forward(*tokens))
+            actual = tree_leaves(layer.block(*tokens) if output is None else output)
+    finally:
+        runtime.suspended = False
     exact = [item.dtype for item in wanted if isinstance(item, Tensor)] == [torch.float32] * len(wanted)
     same = len(actual) == len(wanted) and all(
         (mine is theirs is None)

@@ -1,0 +1,69 @@
+"""Which thresholds are in force: one object, swapped as a whole, so that a forward that reads it once sees one plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from modes_fx.budget import Budget
+from modes_fx.modality import CLASSES, PADDING
+from modes_fx.policies import Rule
+from modes_fx.report import PHASES
+
+
+@dataclass(frozen=True)
+class InForce:
+    """Bounds of every layer, as tensors of their own: casting or loading a model does not touch them.
+
+    Attributes:
+        bounds: float32 [phases (prefill, decode), L, classes].
+        tables: float32, the rule's table of each layer; () for a rule without.
+        budget: What sets the bounds of prefills as they go; None where ``bounds`` holds.
+        keeps_all: Whether no pair can be dropped, so that nothing depends on the modality.
+        rows: ``bounds`` of each phase and layer, views.
+    """
+
+    bounds: Tensor
+    tables: tuple[Tensor, ...] = ()
+    budget: Budget | None = None
+    keeps_all: bool = True
+    rows: tuple[tuple[Tensor, ...], ...] = ()
+
+    @classmethod
+    def of(
+        cls, rule: Rule, num_layers: int, given: Tensor | Budget | None, tables: Sequence[Tensor], device: torch.device
+    ) -> InForce:
+        """Make what holds from bounds as ``Runtime.set_bounds`` takes them, on a device."""
+        with torch.inference_mode(False):
+            fixed = given.fixed if isinstance(given, Budget) else given
+            bounds = torch.full((len(PHASES), num_layers, CLASSES * (2 if rule.protects else 1)), rule.keep_all)
+            bounds[..., PADDING::CLASSES] = rule.skip_all
+            if fixed is not None:
+                bounds[..., :PADDING] = fixed
+            bounds = bounds.to(device)
+            budget = given.to(device) if isinstance(given, Budget) else None
+            return cls(bounds, tuple(table.to(device) for table in tables), budget, given is None, _rows(bounds))
+
+    def holding(self, other: InForce) -> InForce:
+        """Return what another one says, in the memory of this one, where captured CUDA graphs read it; on the same device."""
+        with torch.inference_mode(False):
+            for mine, theirs in zip((self.bounds, *self.tables), (other.bounds, *other.tables), strict=True):
+                mine.copy_(theirs)
+        return replace(other, bounds=self.bounds, tables=self.tables, rows=self.rows)
+
+    def marked_static(self) -> InForce:
+        """Tell dynamo that the tensors stay where they are: CUDA graphs then read them instead of copying them in."""
+        for tensor in (self.bounds, *self.tables):
+            torch._dynamo.mark_static_address(tensor)
+        return self
+
+    def snapshot(self) -> Tensor:
+        """Return bounds that nobody changes while a forward runs: on a CPU they never are, elsewhere they are copied."""
+        return self.bounds if self.bounds.device.type == "cpu" else self.bounds.clone()
+
+
+def _rows(bounds: Tensor) -> tuple[tuple[Tensor, ...], ...]:
+    return tuple(phase.unbind(0) for phase in bounds.unbind(0))

@@ -1,0 +1,204 @@
+"""What ``optimize`` compiles by itself, for models that are called from Python: each MoE block, or wider modules, in place.
+
+Wider regions are compiled as anybody would compile those modules. One graph of MoE blocks serves all layers: what their markers
+take is handed in, and which pairs they kept is handed out. Experts that are called apart from their block (it has hooks, or
+cannot be traced) are compiled the same way. A trace around the model takes none of this in: it sees the modules' own code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+from modes_fx.errors import ModelError, ModesFxError
+from modes_fx.graph.backend import last_sites
+from modes_fx.graph.experts import of_one_layer
+from modes_fx.graph.running import traced
+from modes_fx.graph.runtime import Runtime
+from modes_fx.layers import has_accelerate_hooks, has_torchao_weights
+
+_serial = itertools.count()
+_SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
+_HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
+_QUANTISED_LATER = "If its weights were quantised after optimize(): call modes_fx.optimize() again."
+_REASON = "modes_fx compiles this module itself"
+
+Compiled = Callable[..., Any]
+
+
+class Regions:
+    """Modules compiled in place.
+
+    Args:
+        runtime: The model's.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._before: list[tuple[nn.Module, Any]] = []
+
+    def add_block(self, layer: int, block: nn.Module, compiled: Compiled) -> None:
+        """Compile a module that holds one layer's dispatch, by ``compiled_block``; several share it."""
+        self._add(block, _Block(self._runtime, layer, block, compiled))
+
+    def add(self, module: nn.Module, compiled: Compiled) -> None:
+        """Compile a module that holds any number of layers, by ``compiled_module``."""
+        self._add(module, _Wider(self._runtime, module, compiled))
+
+    def remove(self) -> None:
+        """Give each module back the call that it had."""
+        for module, before in reversed(self._before):
+            module._compiled_call_impl = before
+
+    def _add(self, module: nn.Module, region: Region) -> None:
+        region.before = module._compiled_call_impl
+        self._before.append((module, region.before))
+        module._compiled_call_impl = region
+
+
+class Region:
+    """Stands where ``Module.compile`` puts compiled code."""
+
+    before: Any = None
+
+    def __init__(self, runtime: Runtime, module: nn.Module) -> None:
+        self._runtime = runtime
+        self._module = module
+        # A hook may do what no trace can follow, as those by which transformers captures router logits and hidden states.
+        self._hooks = [hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if traced():
+            return self._module._call_impl(*args, **kwargs)
+        return self.run_compiled(args, kwargs)
+
+    @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
+    def run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module compiled, unless something is to see its parts run."""
+        if self._runtime.suspended or any(self._hooks):
+            return (self.before or self._module._call_impl)(*args, **kwargs)
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module compiled."""
+        raise NotImplementedError
+
+
+class _Block(Region):
+    def __init__(self, runtime: Runtime, layer: int, module: nn.Module, compiled: Compiled) -> None:
+        super().__init__(runtime, module)
+        self._call = OneLayer(runtime, layer, compiled)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._call(self._module, *args, **kwargs)
+
+
+class _Wider(Region):
+    def __init__(self, runtime: Runtime, module: nn.Module, compiled: Compiled) -> None:
+        super().__init__(runtime, module)
+        self._compiled = compiled
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._compiled(self._module, *args, **kwargs)
+
+
+class OneLayer:
+    """Calls compiled code that holds one dispatch: gives it what the marker takes, and notes what was kept.
+
+    Args:
+        runtime: The model's.
+        layer: The layer's index.
+        compiled: See ``compiled_block``.
+    """
+
+    def __init__(self, runtime: Runtime, layer: int, compiled: Compiled) -> None:
+        self._runtime = runtime
+        self._layer = layer
+        self._hidden_size = runtime.layers[layer].hidden_size
+        self._compiled = compiled
+
+    @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on its arguments, of which the first tensor holds the hidden states of all tokens, in any shape."""
+        hidden: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        given = self._runtime.given(self._layer, hidden.numel() // self._hidden_size, hidden.device)
+        output, kept = self._compiled(module, given, *args, **kwargs)
+        if kept is not None:
+            self._runtime.sites[self._layer] = last_sites()[0]
+            if (forward := self._runtime.running()) is not None:
+                forward.note(self._layer, given[0], kept)
+        return output
+
+
+def _own_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def compiled_block(
+    backend: Callable[..., Any], function: Callable[..., Any] = _own_call, *, dynamic: bool | None = None
+) -> Compiled:
+    """Return ``function(module, *args, **kwargs)``, compiled as what holds one layer's dispatch: see ``OneLayer``.
+
+    It is called with what the marker takes after the module, and returns the pairs kept beside the result.
+    """
+
+    def call(module: nn.Module, given: Any, *args: Any, **kwargs: Any) -> Any:
+        return of_one_layer(function, given, (module, *args), kwargs)
+
+    return _compiled(call, backend, dynamic)
+
+
+def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None) -> Compiled:
+    """Return a module's own call, compiled: ``compiled(module, *args, **kwargs)``."""
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _own_call(module, *args, **kwargs)
+
+    return _compiled(call, backend, dynamic)
+
+
+def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Compiled:
+    """Compile a function of a module as one graph, with a cache of graphs of its own.
+
+    NOTE [a code object of its own] Dynamo keeps its compiled graphs by code object, and which dimensions vary by file, line and
+    name: graphs of unrelated models would be tried one after the other, would use up each other's recompile limit, and one
+    model's sizes would make another's dynamic. Hence a copy of the code, under a name of its own.
+    """
+    name = f"{call.__name__}_{next(_serial)}"
+    code = call.__code__.replace(co_name=name)
+    own = types.FunctionType(code, call.__globals__, name, None, call.__closure__)
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
+
+    @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(module, *args, **kwargs)
+        except BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, ModesFxError):  # say what is wrong, without dynamo's wrapping
+                raise error.inner_exception from None
+            raise
+        except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
+            raise ModelError(
+                f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
+                + _advice(module)
+            ) from error
+
+    return run  # type: ignore[no-any-return]
+
+
+def _advice(module: nn.Module) -> str:
+    if has_accelerate_hooks(module):
+        return _HOOKS_CAME_LATER
+    return _QUANTISED_LATER if has_torchao_weights(module) else _SMALLER_REGION
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
