@@ -37,7 +37,8 @@ def token_modality(ids: Tensor) -> Iterator[None]:
 
     Args:
         ids: Integer or bool [B, S]: 0 (False) text, 1 (True) vision, 2 padding. It applies to every forward of that shape
-            inside the ``with`` block, in this thread; forwards of another shape (decoding steps, say) use their own ``input_ids``.
+            inside the ``with`` block, in this thread; forwards of another shape (decoding steps, say) use their own
+            ``input_ids``.
 
     Raises:
         ModalityError: ``ids`` is not such a tensor.

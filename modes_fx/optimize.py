@@ -65,8 +65,8 @@ class _Optimized:
         for config, _ in self.experts_before:
             if config._experts_implementation != IMPLEMENTATION:
                 raise ModelError(
-                    f"The experts of this {self.model_name} were set to {config._experts_implementation!r} after optimize(), so "
-                    "that they would skip nothing. Call modes_fx.optimize() again to skip, or modes_fx.restore() and then "
+                    f"The experts of this {self.model_name} were set to {config._experts_implementation!r} after optimize() "
+                    "and would skip nothing. Call modes_fx.optimize() again to skip, or modes_fx.restore() and then "
                     "set_experts_implementation() to run them so."
                 )
 

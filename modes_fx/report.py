@@ -134,9 +134,9 @@ class GraphReport:
 class SkipStats:
     """Counts of routed and of kept (token, expert) pairs, by layer, modality and phase.
 
-    Kept pairs are counted by the very mask that selects the rows that the experts compute, when a forward ends. Recording is off
-    until asked for, and costs nothing then; a graph around whole layers (``region="layer"`` and ``"model"``, ``torch.compile``,
-    a static cache) is compiled once more when it is switched on::
+    Kept pairs are counted by the very mask that selects the rows that the experts compute, when a forward ends. Recording is
+    off until asked for, and costs nothing then; a graph around whole layers (``region="layer"`` and ``"model"``,
+    ``torch.compile``, a static cache) is compiled once more when it is switched on::
 
         with modes_fx.stats(model) as stats:
             model.generate(**inputs)

@@ -135,7 +135,8 @@ class Marked:
             tokens = hidden.meta["example_value"].shape[0]
             shapes = [((tokens,), torch.int64), *((value.shape, value.dtype) for value in real[1:] if value is not None)]
             nodes = [
-                _placeholder(module.graph, f"modes_fx_{name}_{len(added)}", *of, hidden) for name, of in zip(_GIVEN, shapes)
+                _placeholder(module.graph, f"modes_fx_{name}_{len(added)}", *of, hidden)
+                for name, of in zip(_GIVEN, shapes, strict=False)
             ]
             added.extend(nodes)
             return (*nodes, *[None] * (3 - len(nodes)))

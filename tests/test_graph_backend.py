@@ -150,7 +150,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, object], messa
 def test_a_layer_that_cannot_be_told_is_refused() -> None:
     model = tiny.make("qwen3_moe")
     plan = SkipPlan((PlanPoint(None, 0.1, 0.1),), ((0.5, 0.5), (0.5, 0.5)), ("elsewhere.0", "elsewhere.1"))
-    with pytest.raises(BackendCompilerFailed, match="PlanError.*importances by layer"):
+    with pytest.raises(BackendCompilerFailed, match=r"PlanError.*importances by layer"):
         run(model, {"plan": plan}, input_ids=tiny.text_batch(1, 4)["input_ids"])
 
 

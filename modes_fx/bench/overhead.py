@@ -85,7 +85,7 @@ def measure(stack: Any, region: Region, arguments: Callable[[int], dict[str, Any
     around_regions = mock.patch.object(CompiledRegion, "run_compiled", outside.around(CompiledRegion.run_compiled))
     try:
         for watch in optimized_state(model).watches:
-            watch._forward = watched.around(watch._forward)
+            vars(watch)["_forward"] = watched.around(watch._forward)
         whole, around, ids = [], [], []
         with around_regions, mock.patch.object(compile_fx, "compile_fx", compile_timed), token_modality(classes):
             for index in range(-_WARM_UP, steps):

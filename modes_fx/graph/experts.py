@@ -1,8 +1,8 @@
 """What the experts of an optimised model run, wherever they are called from: the marker, then the stock dispatch.
 
-transformers calls ``experts_forward`` under the name ``modes_fx``, converted blocks call ``run`` themselves. Inside any trace the
-two stand in the graph as they are. Called from Python, they are compiled together (``regions``): once for all layers, since a
-layer's weights, thresholds and token classes are inputs.
+transformers calls ``experts_forward`` under the name ``modes_fx``, converted blocks call ``run`` themselves. Inside any trace
+the two stand in the graph as they are. Called from Python, they are compiled together (``regions``): once for all layers, since
+a layer's weights, thresholds and token classes are inputs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _one_layer = _OneLayer()
 
 
 def left_in_a_copy() -> None:
-    """Stand in for what makes a model an optimised one in copies and pickles; unpickling registers the implementation's name."""
+    """Stand in for what optimises a model in copies and pickles; unpickling registers the implementation's name."""
 
 
 def attach(experts: nn.Module, site: Site | None) -> Site | None:
@@ -129,7 +129,7 @@ def is_marked(experts: nn.Module) -> bool:
 def of_one_layer(
     call: Callable[..., Any], given: Given, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, Tensor | None]:
-    """Call what holds one dispatch, in a trace, with what its marker takes; return the result, and bool [T, K]: the pairs kept."""
+    """Call what holds one dispatch, in a trace, with what its marker takes; return the result and which pairs were kept."""
     _one_layer.given, _one_layer.kept = given, None
     try:
         output = call(*args, **kwargs)

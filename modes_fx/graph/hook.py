@@ -45,7 +45,7 @@ class SkipMarked(CustomGraphPass):
         logger.info("graph compiled: %d routing sites rewritten", len(sites) - len(left))
 
     def uuid(self) -> Any:
-        """Return what generated code depends on: this package's passes, kernels and rules, yours among them, and other hooks."""
+        """Return what generated code depends on: the package's passes, kernels and rules, yours among them, and other hooks."""
         own = (_sources(), *((key, _source_of(rule.keep)) for key, rule in rules_by_key().items()))
         others = [earlier.uuid() if isinstance(earlier, CustomGraphPass) else None for earlier in self._before]
         return None if None in others else (own, tuple(others))

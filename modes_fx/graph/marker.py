@@ -1,11 +1,13 @@
-"""The marker in front of an expert dispatch, whose meaning is the thresholding itself::
+"""The marker in front of an expert dispatch, whose meaning is the thresholding itself.
+
+::
 
     keep(weights, expert_ids, classes, bounds, table, rule, dispatch, layer) -> weights, kept
 
 ``weights`` [T, K] come back with 0 for each pair that the rule drops, and ``kept``, bool [T, K], says which it keeps.
-``expert_ids`` is int64 [T, K], ``classes`` int64 [T], ``bounds`` float32 [number of classes], ``table`` the layer's for rules that
-ask for one. The other arguments are constants of the graph: the rule's key, the dispatch to compute kept pairs with, and the
-layer's index, or -1 in a graph that serves many layers.
+``expert_ids`` is int64 [T, K], ``classes`` int64 [T], ``bounds`` float32 [number of classes], ``table`` the layer's for rules
+that ask for one. The other arguments are constants of the graph: the rule's key, the dispatch to compute kept pairs with, and
+the layer's index, or -1 in a graph that serves many layers.
 
 NOTE [no kernel of its own] It is composed of torch's own operations, into which every exporter, interpreter and autograd take
 it apart. In dynamo's graph it stands whole, where ``passes.skip_experts`` finds it.

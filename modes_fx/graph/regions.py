@@ -75,6 +75,7 @@ class Region:
         self._hooks = [hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module: as it is in a trace, else compiled."""
         if traced():
             return self._module._call_impl(*args, **kwargs)
         return self.run_compiled(args, kwargs)

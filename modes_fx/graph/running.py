@@ -28,8 +28,8 @@ class Forward:
     Args:
         runtime: The model's.
         plan: What is in force, read once.
-        ids: int64 [B, S], each token's class: ``TEXT``, ``VISION`` or ``PADDING``. Without dimensions where all tokens are of one
-            class and any number of them may come: those of a vision tower, say.
+        ids: int64 [B, S], each token's class: ``TEXT``, ``VISION`` or ``PADDING``. Without dimensions where all tokens are of
+            one class and any number of them may come: those of a vision tower, say.
         phase: ``"decode"`` for a step of one token a sequence over a cache, else ``"prefill"``.
         expert_groups: bool [B, S], which of two groups of experts a token goes to in models that have a group for each
             modality: True the one for vision. None where all tokens go to the same experts.
@@ -59,7 +59,7 @@ class Forward:
         self.norms: Tensor | None = None
         self.observed = False
         self._whole: Forward = self if outer is None else outer._whole
-        self._bounds = plan.snapshot() if outer is None else outer._bounds
+        self._bounds: Tensor = plan.snapshot() if outer is None else outer._bounds
         self._flat = ids.reshape(-1)
         self._steering: Steering | None = None
         self._of_group: dict[bool, Forward] = {}
@@ -185,12 +185,12 @@ def running() -> Forward | None:
 
 
 def traced() -> bool:
-    """Return whether a call is being recorded instead of run: by dynamo, an exporter, a tracer, or a mode that sees each call."""
+    """Return whether calls are recorded instead of run: by dynamo, an exporter, a tracer, or a mode that sees each of them."""
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
     return (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or bool(_get_current_dispatch_mode_stack())
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

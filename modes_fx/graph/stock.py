@@ -68,7 +68,7 @@ def modes_fx(
     if is_marked(module.graph):
         if settings:
             raise ModesFxError(
-                f"This model was optimised: its {', '.join(settings)} are those of modes_fx.optimize() and modes_fx.set_plan(), "
+                f"This model was optimised: its {', '.join(settings)} are what modes_fx.optimize() and set_plan() were given, "
                 "not options of the backend."
             )
         sites = rewrite(module)

@@ -1,8 +1,8 @@
 """Take a module's call over through its class, where every caller and every tracer comes by.
 
 A subclass made for the module's class overrides ``__call__`` alone. Unlike a hook it is traced in line; unlike a replaced
-``forward`` it stands in front of whatever else replaces that (accelerate, ``model.forward = torch.compile(model.forward)``); and
-copies and pickles are of the module's own class, so that they are stock.
+``forward`` it stands in front of whatever else replaces that (accelerate, ``model.forward = torch.compile(model.forward)``);
+and copies and pickles are of the module's own class, so that they are stock.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Takeover:
         self.module = module
         self._inner: Takeover | None = vars(module).get(_ATTRIBUTE)
         vars(module)[_ATTRIBUTE] = self
-        self._before = type(module)
+        self._before: Any = type(module)
         if self._inner is None:
-            module.__class__ = _taken_over(type(module))
+            module.__class__ = _taken_over(self._before)
 
     def call(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Stand in for ``call(*args, **kwargs)``, the module's own call."""
@@ -58,7 +58,7 @@ class Takeover:
 
 
 @functools.cache
-def _taken_over(stock: type[nn.Module]) -> type[nn.Module]:
+def _taken_over(stock: Any) -> Any:
     """Return the subclass whose instances' calls are taken over; to whoever asks by name it is the class itself."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -72,5 +72,5 @@ def _taken_over(stock: type[nn.Module]) -> type[nn.Module]:
         return copyreg._reconstructor, (stock, object, None), state  # type: ignore[attr-defined]  # as of old protocols
 
     named = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    subclass = type(stock.__name__, (stock,), {**named, "__call__": __call__, "__reduce_ex__": __reduce_ex__})
+    subclass: Any = type(stock.__name__, (stock,), {**named, "__call__": __call__, "__reduce_ex__": __reduce_ex__})
     return subclass

@@ -31,7 +31,7 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     ids, weights, hidden = node[site.expert_ids_S], node[site.weights_S], node[site.hidden_TH]
     stock = [node[site.row_ids], node[site.row_weights], node[site.row_hidden]]
     users = [site.readers(item) for item in stock]  # as they are now: the selection will use some of them too
-    pairs, pair_token, *rows = Emitter.after(ids, weights, hidden, keep).trace(
+    _, pair_token, *rows = Emitter.after(ids, weights, hidden, keep).trace(
         _select, ids, weights, hidden, keep, top_k=site.top_k, sort=site.perm is not None
     )
     replace_rows(stock, rows, users, until=node[site.weighted])

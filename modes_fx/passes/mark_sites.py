@@ -64,8 +64,8 @@ def _marked(
     dispatch: str,
 ) -> Tensor:
     weights_TK, ids_TK = weights_S.reshape(-1, top_k), ids_S.reshape(-1, top_k)
-    marked = torch.ops.modes_fx.keep.default(weights_TK, ids_TK, classes, bounds, table, rule, dispatch, -1)
-    return marked[0].reshape(-1)
+    marked: Tensor = torch.ops.modes_fx.keep.default(weights_TK, ids_TK, classes, bounds, table, rule, dispatch, -1)[0]
+    return marked.reshape(-1)
 
 
 def _rejection(anchor: str, form: str, reason: Reject) -> SiteRecord:

@@ -5,15 +5,15 @@ IR level: dynamo's (torch IR), before AOT. ``graph.marker`` says what a marker i
     weights, keep = marker(weights_TK, ids_TK, classes_T, bounds, ...)          keep = rule(weights_TK, bounds[classes_T])
     out = dispatch(hidden_TH, ids_TK, weights)                                   out = dispatch of the pairs in keep alone
 
-The graph is changed in place, since it stays dynamo's: inputs keep their marks, which CUDA graphs and AOT ask for. None is added.
-A marked dispatch that is left as it was computes the same, with the weights of dropped pairs 0.
+The graph is changed in place, since it stays dynamo's: inputs keep their marks, which CUDA graphs and AOT ask for, and none is
+added. A marked dispatch that is left as it was computes the same, with the weights of dropped pairs 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -77,7 +77,8 @@ def _marker_of(graph: fx.Graph, site: RoutingSite) -> fx.Node | None:
 
 
 def _rewrite(marker: fx.Node, site: RoutingSite | None, refused: Iterable[tuple[fx.Node, str, Reject]]) -> SiteRecord:
-    weights, ids, classes, bounds, table, rule, dispatch, layer = marker.args
+    given: Any = marker.args
+    weights, ids, classes, bounds, table, rule, dispatch, layer = given
     if site is None:
         return _left(marker, refused, layer)
     node = {item.name: item for item in marker.graph.nodes}
@@ -87,8 +88,8 @@ def _rewrite(marker: fx.Node, site: RoutingSite | None, refused: Iterable[tuple[
     rewrite, gemms = (_REWRITES[form], why_not) if why_not else (kept_gemms.rewrite, kept_gemms.kind(marker.graph, site))
     if form == "compact":
         _allow_kept_lengths(hidden)
-    given = [item for item in (weights, ids, classes, bounds, table) if item is not None]
-    decided = Emitter(before=marker.next).trace(_decide, *given, rule=rule)
+    tensors = [item for item in (weights, ids, classes, bounds, table) if item is not None]
+    decided = Emitter(before=marker.next).trace(_decide, *tensors, rule=rule)
     keep, new_weights = decided[0], decided[1] if len(decided) > 1 else weights
     try:
         rewrite(marker.graph, site, keep)
@@ -107,7 +108,7 @@ def _rewrite(marker: fx.Node, site: RoutingSite | None, refused: Iterable[tuple[
 
 def _left(marker: fx.Node, refused: Iterable[tuple[fx.Node, str, Reject]], layer: int) -> SiteRecord:
     """Say why no dispatch was found behind a marker: the reason of an anchor on the same experts' ids, if there is one."""
-    after = {marker, marker.args[1]}
+    after: set[Any] = {marker, marker.args[1]}
     for node in marker.graph.nodes:
         if any(source in after for source in node.all_input_nodes):
             after.add(node)
