@@ -124,7 +124,7 @@ def budget_of(plan: SkipPlan, num_layers: int, fixed: Tensor, target: float | No
     if aim is None:
         raise PlanError("A budget needs a target skip ratio; this plan's thresholds were given by hand.")
     knots = [replace(plan, points=(item,)).bounds(num_layers) for item in _chain(plan, point)]
-    weights_LMQ = torch.tensor(plan.weights, dtype=torch.float64)
+    weights_LMQ = torch.tensor(plan.weights, dtype=torch.float64, device="cpu")
     all_kept, all_skipped = torch.zeros_like(knots[0]), torch.full_like(knots[0], math.inf)
     path, shares = _fill([all_kept, *knots, all_skipped], weights_LMQ)
     with torch.inference_mode(False):

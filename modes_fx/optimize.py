@@ -61,9 +61,9 @@ class _Optimized:
         return [(index, layer) for index, layer in enumerate(self.layers) if index in self.runtime.sites]
 
     def check(self) -> None:
-        """Refuse a forward whose experts were told to run otherwise since: they would compute all pairs."""
+        """Refuse a forward that is to skip, and whose experts were told to run otherwise since."""
         for config, _ in self.experts_before:
-            if config._experts_implementation != IMPLEMENTATION:
+            if config._experts_implementation != IMPLEMENTATION and not self.runtime.in_force.keeps_all:
                 raise ModelError(
                     f"The experts of this {self.model_name} were set to {config._experts_implementation!r} after optimize() "
                     "and would skip nothing. Call modes_fx.optimize() again to skip, or modes_fx.restore() and then "
@@ -167,6 +167,7 @@ def optimize(
         state.undo()
         raise
     vars(model)[_ATTRIBUTE] = state
+    _forget_compiled_call(model)
     hook.install()
     logger.info("%s: %d of %d routing sites rewritten", state.model_name, len(report(model).rewritten), len(layers))
     return given
@@ -181,6 +182,7 @@ def restore(model: nn.Module) -> nn.Module:
     state = optimized_state(model)
     state.undo()
     del vars(_own(model))[_ATTRIBUTE]
+    _forget_compiled_call(_own(model))
     return model
 
 
@@ -298,6 +300,12 @@ def optimized_state(model: nn.Module) -> _Optimized:
 def is_optimized(model: nn.Module) -> bool:
     """Return whether ``optimize`` was called on the model and not undone."""
     return isinstance(getattr(_own(model), _ATTRIBUTE, None), _Optimized)
+
+
+def _forget_compiled_call(model: nn.Module) -> None:
+    """Let ``generate`` compile the model's call anew: what it keeps is the call that the model had."""
+    for name in ("_compiled_call", "_last_compile_config"):
+        vars(model).pop(name, None)
 
 
 def _own(model: Any) -> Any:

@@ -192,6 +192,7 @@ class SkipPlan:
         return torch.tensor(
             [[_bound(tau, alpha, point.gamma) for tau, alpha in zip(taus, row, strict=True)] for row in rows],
             dtype=torch.float32,
+            device="cpu",
         )
 
     def table_tensors(self, num_layers: int) -> tuple[Tensor, ...]:
@@ -203,7 +204,7 @@ class SkipPlan:
         if self.tables is None or len(self.tables) != num_layers:
             raise PlanError(f"The plan has tables for {len(self.tables or ())} MoE layers, the model has {num_layers}.")
         try:
-            return tuple(torch.tensor(table, dtype=torch.float32) for table in self.tables)
+            return tuple(torch.tensor(table, dtype=torch.float32, device="cpu") for table in self.tables)
         except (TypeError, ValueError, RuntimeError) as error:
             raise PlanError(f"A plan's table holds rows of numbers, all as long: {error}.") from error
 

@@ -149,7 +149,8 @@ class SkipStats:
         self.layers = layers
         self.recording = False
         with torch.inference_mode(False):
-            self._pairs = torch.zeros(len(layers), len(MODALITIES), len(PHASES), 2, dtype=torch.int64)
+            shape = len(layers), len(MODALITIES), len(PHASES), 2
+            self._pairs = torch.zeros(shape, dtype=torch.int64, device="cpu")
         self._before: list[bool] = []  # what each enclosing `with` block found
         self._by_token: list[tuple[int, Tensor]] | None = None
 

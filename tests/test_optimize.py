@@ -337,11 +337,14 @@ def test_a_region_that_is_the_model_itself_is_told_its_modality() -> None:
 def test_a_dispatch_that_is_switched_afterwards_is_refused_by_name(
     vlm: nn.Module, inputs: dict[str, Tensor], form: str
 ) -> None:
+    stock = logits(vlm, inputs)
     modes_fx.optimize(vlm, PLAN)
     planned = logits(vlm, inputs)
     vlm.set_experts_implementation(form)
     with pytest.raises(ModelError, match=f"set to '{form}' after optimize"):
         logits(vlm, inputs)
+    modes_fx.set_plan(vlm, None)  # nothing is to be skipped: it is obeyed
+    assert relative_error(logits(vlm, inputs), stock, tiny.classes(inputs) != 2) <= 1e-5
     assert logits(modes_fx.optimize(vlm, PLAN), inputs).equal(planned)
     vlm.set_experts_implementation(form)
     modes_fx.restore(vlm)

@@ -39,7 +39,8 @@ class InForce:
         """Make what holds from bounds as ``Runtime.set_bounds`` takes them, on a device."""
         with torch.inference_mode(False):
             fixed = given.fixed if isinstance(given, Budget) else given
-            bounds = torch.full((len(PHASES), num_layers, CLASSES * (2 if rule.protects else 1)), rule.keep_all)
+            shape = len(PHASES), num_layers, CLASSES * (2 if rule.protects else 1)
+            bounds = torch.full(shape, rule.keep_all, device="cpu")
             bounds[..., PADDING::CLASSES] = rule.skip_all
             if fixed is not None:
                 bounds[..., :PADDING] = fixed

@@ -132,7 +132,7 @@ def _check_stand_in(layer: MoeLayer, runtime: Runtime, output: Any) -> None:
 
 def _two_tokens(layer: MoeLayer, module: nn.Module) -> tuple[Tensor, ...]:
     weight = next(iter(layer.experts.parameters()))
-    noise = torch.randn(2, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, layer.hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
     hidden = noise.to(weight.device, weight.dtype)
     if module is not layer.experts:
         return (hidden.unsqueeze(0),)

@@ -7,8 +7,6 @@ cannot be traced) are compiled the same way. A trace around the model takes none
 
 from __future__ import annotations
 
-import itertools
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +17,12 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from modes_fx.errors import ModelError, ModesFxError
 from modes_fx.graph.backend import last_sites
+from modes_fx.graph.code import own_code
 from modes_fx.graph.experts import of_one_layer
 from modes_fx.graph.running import traced
 from modes_fx.graph.runtime import Runtime
 from modes_fx.layers import has_accelerate_hooks, has_torchao_weights
 
-_serial = itertools.count()
 _SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
 _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
 _QUANTISED_LATER = "If its weights were quantised after optimize(): call modes_fx.optimize() again."
@@ -166,16 +164,8 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
 
 
 def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Compiled:
-    """Compile a function of a module as one graph, with a cache of graphs of its own.
-
-    NOTE [a code object of its own] Dynamo keeps its compiled graphs by code object, and which dimensions vary by file, line and
-    name: graphs of unrelated models would be tried one after the other, would use up each other's recompile limit, and one
-    model's sizes would make another's dynamic. Hence a copy of the code, under a name of its own.
-    """
-    name = f"{call.__name__}_{next(_serial)}"
-    code = call.__code__.replace(co_name=name)
-    own = types.FunctionType(code, call.__globals__, name, None, call.__closure__)
-    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
+    """Compile a function of a module as one graph, with a cache of graphs of its own."""
+    compiled = torch.compile(own_code(call), backend=backend, fullgraph=True, dynamic=dynamic)
 
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

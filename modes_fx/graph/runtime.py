@@ -100,7 +100,7 @@ class Runtime:
 
     def empty_table(self, layer: MoeLayer) -> Tensor | None:
         """Return a table of zeros for a layer; None if the rule has none."""
-        return torch.zeros(table_shape(self.rule.keep, layer.num_experts)) if self.rule.has_table else None
+        return torch.zeros(table_shape(self.rule.keep, layer.num_experts), device="cpu") if self.rule.has_table else None
 
     def _put(self, device: torch.device) -> None:
         tables = self._tables or tuple(table for layer in self.layers if (table := self.empty_table(layer)) is not None)

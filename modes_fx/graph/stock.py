@@ -163,7 +163,7 @@ class Marking:
         layers = len(plan.alpha or plan.tables or (1,)) if plan else 1
         self._takers = layers if plan and (plan.alpha or plan.tables) else math.inf
         self._tables = plan.table_tensors(layers) if plan and plan.tables else ()
-        self._bounds = torch.full((layers, PADDING + 1), rule.keep_all)
+        self._bounds = torch.full((layers, PADDING + 1), rule.keep_all, device="cpu")
         self._bounds[:, PADDING] = rule.skip_all
         if plan is not None:
             self._bounds[:, :PADDING] = plan.bounds(layers, target)
@@ -215,7 +215,7 @@ class Marking:
 
     def bounds_and_table(self, layer: int, shape: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
         """Return a layer's bounds, float32 [classes], and its table, of a shape."""
-        table = self._tables[layer] if self._tables else torch.zeros(list(shape))
+        table = self._tables[layer] if self._tables else torch.zeros(list(shape), device="cpu")
         return self._bounds[layer].to(device, copy=True), table.to(device, copy=True)
 
     def _layer(self, source: str) -> int:

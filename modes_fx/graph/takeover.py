@@ -8,11 +8,13 @@ and copies and pickles are of the module's own class, so that they are stock.
 from __future__ import annotations
 
 import copyreg
-import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from modes_fx.graph.code import own_code
 
 Call = Callable[..., Any]
 _ATTRIBUTE = "_modes_fx_takeover"
@@ -29,6 +31,8 @@ class Takeover:
         self.module = module
         self._inner: Takeover | None = vars(module).get(_ATTRIBUTE)
         vars(module)[_ATTRIBUTE] = self
+        for name in ("run", "call"):  # each module comes through these
+            setattr(self, name, types.MethodType(own_code(getattr(type(self), name)), self))
         self._before: Any = type(module)
         if self._inner is None:
             module.__class__ = _taken_over(self._before)
@@ -57,9 +61,8 @@ class Takeover:
         return self.call(call, args, kwargs)
 
 
-@functools.cache
 def _taken_over(stock: Any) -> Any:
-    """Return the subclass whose instances' calls are taken over; to whoever asks by name it is the class itself."""
+    """Return a subclass whose instances' calls are taken over; to whoever asks by name it is the class itself."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         def own(*given: Any, **named: Any) -> Any:
@@ -72,5 +75,5 @@ def _taken_over(stock: Any) -> Any:
         return copyreg._reconstructor, (stock, object, None), state  # type: ignore[attr-defined]  # as of old protocols
 
     named = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
-    subclass: Any = type(stock.__name__, (stock,), {**named, "__call__": __call__, "__reduce_ex__": __reduce_ex__})
+    subclass: Any = type(stock.__name__, (stock,), {**named, "__call__": own_code(__call__), "__reduce_ex__": __reduce_ex__})
     return subclass
