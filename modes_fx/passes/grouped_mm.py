@@ -61,7 +61,7 @@ def match(histc: fx.Node) -> RoutingSite:
     sort = input_of(sorted_ids)
     perm = only_user(sort, lambda node: is_getitem(node, 1), "sort has no permutation")
     offsets = only_user(histc, lambda node: calls(node, torch.cumsum), "histc is not summed to offsets")
-    pair_token = only_user(perm, lambda node: calls(node, operator.floordiv), "no perm // K")
+    pair_token = only_user(perm, lambda node: calls(node, operator.floordiv, torch.floor_divide), "no perm // K")
     num_experts, top_k = constant(histc.kwargs.get("bins"), histc), constant(pair_token.args[1], pair_token)
     if any(node.target == "clamp_" for node in sorted_ids.users):
         raise Reject("EXPERT_PARALLEL", "expert ids hold sentinels of expert parallelism", sorted_ids)

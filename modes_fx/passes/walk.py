@@ -91,7 +91,7 @@ def check_weights(row_weights: fx.Node, weighted: fx.Node) -> None:
     # A pair may be dropped only if a weight of 0 would have silenced it.
     column = [node for node in weighted.all_input_nodes if is_method(node, "unsqueeze") and node.args[0] is row_weights]
     only = len(column) == 1 and set(row_weights.users) == set(column) and set(column[0].users) == {weighted}
-    if not calls(weighted, operator.mul, torch.mul) or not only:
+    if not (calls(weighted, operator.mul, torch.mul) or is_method(weighted, "mul")) or not only:
         raise Reject(
             "WEIGHTS_HAVE_OTHER_USERS", "the routing weights do more than multiply the experts' output", row_weights, weighted
         )

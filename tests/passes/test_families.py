@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import modes_fx
+from modes_fx.passes.skip_experts import Dispatch
 from tests import harness, oracle, tiny
 from tests.harness import logits, plan_of, relative_error
 
@@ -42,6 +43,19 @@ def test_static_dispatch_of_a_whole_model_skips_what_the_oracle_skips(monkeypatc
     assert relative_error(logits(model, inputs), expected, classes != 2) <= 2e-5
     assert log.computed == [int(kept) for kept in wanted.kept.sum(dim=(1, 2)) for _ in range(2)]
     assert set(log.rows) == {classes.numel() * 3}
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen3_vl_moe"])
+@pytest.mark.parametrize("dispatch", ["compact", "static"])
+@pytest.mark.usefixtures("without_inductor")
+def test_dispatches_are_found_where_a_default_device_is_set(family: str, dispatch: Dispatch) -> None:
+    model, inputs = tiny.make(family), tiny.text_batch()
+    stock = logits(model, inputs)
+    with torch.device("cpu"):  # dynamo then writes a // b as torch.floor_divide(a, b) and a * b as a.mul(b)
+        modes_fx.optimize(model, dispatch=dispatch)
+        actual = logits(model, inputs)
+    assert not modes_fx.report(model).rejected
+    assert (actual - stock).abs().max() <= 1e-5 * stock.abs().max()
 
 
 def _block(model: nn.Module) -> nn.Module:
