@@ -61,14 +61,17 @@ class _Optimized:
         return [(index, layer) for index, layer in enumerate(self.layers) if index in self.runtime.sites]
 
     def check(self) -> None:
-        """Refuse a forward that is to skip, and whose experts were told to run otherwise since."""
-        for config, _ in self.experts_before:
-            if config._experts_implementation != IMPLEMENTATION and not self.runtime.in_force.keeps_all:
-                raise ModelError(
-                    f"The experts of this {self.model_name} were set to {config._experts_implementation!r} after optimize() "
-                    "and would skip nothing. Call modes_fx.optimize() again to skip, or modes_fx.restore() and then "
-                    "set_experts_implementation() to run them so."
-                )
+        """Refuse a forward that is to skip, and whose experts were told to run otherwise since; obey where nothing is lost."""
+        named = [config._experts_implementation for config, _ in self.experts_before]
+        switched = [name for name in named if name != IMPLEMENTATION]
+        if switched and not self.runtime.in_force.keeps_all:
+            raise ModelError(
+                f"The experts of this {self.model_name} were set to {switched[0]!r} after optimize() and would skip nothing. "
+                "Call modes_fx.optimize() again to skip, or modes_fx.restore() and then set_experts_implementation() to run "
+                "them so."
+            )
+        if not torch.compiler.is_compiling():
+            self.runtime.switched = bool(switched)
 
     def undo(self) -> None:
         for watch in reversed(self.watches):

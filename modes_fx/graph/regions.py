@@ -81,7 +81,7 @@ class Region:
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
     def run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled, unless something is to see its parts run."""
-        if self._runtime.suspended or any(self._hooks):
+        if self._runtime.suspended or self._runtime.switched or any(self._hooks):
             return (self.before or self._module._call_impl)(*args, **kwargs)
         return self.run(args, kwargs)
 

@@ -31,6 +31,7 @@ class Runtime:
         sites: How the routing site of each layer ended, by its index, as far as it was traced.
         graphs: How many graphs its regions have compiled.
         suspended: Whether experts run the stock dispatch, uncompiled and with all pairs.
+        switched: Whether somebody chose another dispatch for the experts since, so that they run as stock.
     """
 
     def __init__(self, layers: Sequence[MoeLayer], rule: str, dispatch: Dispatch) -> None:
@@ -40,7 +41,7 @@ class Runtime:
         self.stats = SkipStats(tuple(layer.name for layer in layers))
         self.sites: dict[int, SiteRecord] = {}
         self.graphs = 0
-        self.suspended = False
+        self.suspended = self.switched = False
         self.in_force: InForce
         self._given: Tensor | Budget | None = None
         self._tables: tuple[Tensor, ...] = ()

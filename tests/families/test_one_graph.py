@@ -1,4 +1,4 @@
-"""Every family under a ``torch.compile`` around the whole model: the oracle's answers and pairs, and no other breaks than stock."""
+"""Every family under a ``torch.compile`` around the model: the oracle's answers and pairs, and no other breaks than stock."""
 
 import copy
 from collections.abc import Sequence
