@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -17,6 +18,7 @@ from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.graph import hook
 from modes_fx.graph.backend import SkipBackend, inductor_settings
+from modes_fx.graph.checkpoints import forget_forwards, remember_forwards
 from modes_fx.graph.experts import IMPLEMENTATION, Site, attach, dispatch_of, left_in_a_copy
 from modes_fx.graph.experts import Dispatch as ExpertsDispatch
 from modes_fx.graph.probe import probe
@@ -39,6 +41,7 @@ class _Optimized:
     """All that ``optimize`` did to a model, and how to undo it."""
 
     def __init__(self, model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> None:
+        self._model = weakref.ref(model)
         self.region: Region = region
         self.rule = rule
         self.layers = layers
@@ -61,7 +64,10 @@ class _Optimized:
         return [(index, layer) for index, layer in enumerate(self.layers) if index in self.runtime.sites]
 
     def check(self) -> None:
-        """Refuse a forward that is to skip, and whose experts were told to run otherwise since; obey where nothing is lost."""
+        """Look at what was done to the model since, at the beginning of a forward.
+
+        One that is to skip is refused if its experts were told to run otherwise; where nothing is to be skipped, they do.
+        """
         named = [config._experts_implementation for config, _ in self.experts_before]
         switched = [name for name in named if name != IMPLEMENTATION]
         if switched and not self.runtime.in_force.keeps_all:
@@ -72,8 +78,12 @@ class _Optimized:
             )
         if not torch.compiler.is_compiling():
             self.runtime.switched = bool(switched)
+            if (model := self._model()) is not None and model.training:
+                remember_forwards(model)
 
     def undo(self) -> None:
+        if (model := self._model()) is not None:
+            forget_forwards(model)
         for watch in reversed(self.watches):
             watch.remove()
         self.regions.remove()
