@@ -13,7 +13,9 @@ from tests.harness import model_state
 
 pytestmark = [
     pytest.mark.usefixtures("without_inductor"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # dynamo's own look at it
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),  # dynamo's own look at it
 ]
 
 PLAN = SkipPlan.uniform(text=0.25, vision=0.4)
