@@ -39,6 +39,7 @@ class Work:
         classes: int64 [1, T], 0 text and 1 visual.
         arguments: Given a round, returns fresh arguments of the forward; equal ones for equal rounds.
         limit: Given a round and the thresholds of (text, visual) tokens, returns the least time.
+        static: The same as ``arguments``, with a static cache, for contenders that take one.
     """
 
     part: str
@@ -47,6 +48,11 @@ class Work:
     classes: Tensor
     arguments: Arguments
     limit: Callable[[int, tuple[float, float] | None], Limit]
+    static: Arguments | None = None
+
+    def arguments_of(self, contender: Contender, index: int) -> dict[str, Any]:
+        """Return fresh arguments of a round for a contender."""
+        return (self.static if contender.static and self.static else self.arguments)(index)
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def run_once(work: Work, contender: Contender, arguments: Mapping[str, Any]) -> 
 
 def _milliseconds(work: Work, contender: Contender, index: int, flush: Callable[[], Any]) -> float:
     contender.prepare()
-    arguments = work.arguments(index)
+    arguments = work.arguments_of(contender, index)
     flush()
     return 1e3 * run_once(work, contender, arguments)
 
@@ -168,7 +174,7 @@ def _warm_up(work: Work, contender: Contender, failed: dict[str, str]) -> bool:
     try:
         contender.prepare()
         for index in range(1, 1 + _WARM_UP):
-            run_once(work, contender, work.arguments(-index))
+            run_once(work, contender, work.arguments_of(contender, -index))
     except ModesFxError:
         raise
     except Exception as error:  # whatever stock code or a compiler raises: the setting is none that users have
@@ -186,5 +192,5 @@ def _skipped(work: Work, contender: Contender, rounds: int) -> float:
     contender.prepare()
     with stats(contender.model).reset().counting() as counted:
         for index in range(rounds if work.tokens <= _MOST_COUNTED else 1):
-            run_once(work, contender, work.arguments(index))
+            run_once(work, contender, work.arguments_of(contender, index))
     return counted.skip_ratio()

@@ -9,14 +9,14 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 
 from modes_fx.bench import overhead
 from modes_fx.bench.machine import Limit, Limits, Machine
 from modes_fx.bench.machine import measure as measure_machine
 from modes_fx.bench.measure import Row, Work, phase_of, time_work
 from modes_fx.bench.models import Skew, block_of, build, draw, popularity, route
-from modes_fx.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, Contender, Twins, thresholds
+from modes_fx.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, ONE_GRAPH_SETTINGS, Contender, Twins, thresholds
 from modes_fx.errors import ModesFxError
 from modes_fx.layers import Region, find_moe_layers
 
@@ -28,6 +28,7 @@ _PREFILL_SKIP, _DECODE_SKIP = 0.88, 0.5
 _WIDER: tuple[Region, ...] = ("layer", "model")
 _CALIBRATION = 4096  # tokens that thresholds are taken from
 _OTHERS = 10_000  # seeds of inputs that are not timed
+_ROOM = 64  # tokens of a static cache that the prompt leaves free
 _FLUSH_BYTES = 256 * 2**20
 
 
@@ -163,18 +164,23 @@ class _Run:
         prefill = self._prefill_arguments(length)
         sample = route(self.stack, self._prefill_arguments(_CALIBRATION)(_OTHERS))
         decode = self._decode_arguments()
+        static = self._decode_arguments(StaticCache(config=self.stack.config, max_cache_len=self.options.cache + _ROOM))
         for phase, tokens, skip, ids, arguments, context in (
             ("prefill", length, _PREFILL_SKIP, classes, prefill, 0),
             ("decode", 1, _DECODE_SKIP, torch.zeros(1, 1, dtype=torch.int64), decode, self.options.cache),
         ):
-            taus = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, skip))
+            taus = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, _DECODE_SKIP, _PREFILL_SKIP))
+            most, taus = taus, {0.0: taus[0.0], skip: taus[skip]}
             attentions = (None, "eager") if phase == "decode" else (None,)
             contenders = [
                 *twins.stock(LAYER_SETTINGS, tokens), *twins.peer(), *twins.ours(taus), *twins.packed(taus),
                 *(each for how in attentions for region in _WIDER for each in twins.ours(taus, region, how)),
             ]  # fmt: skip
+            if phase == "decode":
+                contenders += twins.stock(ONE_GRAPH_SETTINGS, tokens)
+                contenders += [each for how in attentions for each in twins.one_graph(most, how)]
             limit = self._limit(self.stack, arguments, ids, machine, context)
-            work = Work("layers", phase, tokens, ids, arguments, limit)  # type: ignore[arg-type]
+            work = Work("layers", phase, tokens, ids, arguments, limit, static)  # type: ignore[arg-type]
             self._time(work, contenders, f"{self.options.layers} layers, {phase}")
 
     def _overhead(self) -> None:
@@ -205,9 +211,13 @@ class _Run:
     def _prefill_arguments(self, tokens: int) -> Callable[[int], dict[str, Any]]:
         return lambda index: {"inputs_embeds": self._draw(tokens, index), "use_cache": False}
 
-    def _decode_arguments(self) -> Callable[[int], dict[str, Any]]:
-        """Return arguments of one token's step over a full cache, each with a cache of its own."""
-        cache = DynamicCache(config=self.stack.config)
+    def _decode_arguments(self, cache: Cache | None = None) -> Callable[[int], dict[str, Any]]:
+        """Return arguments of one token's step over a cache that the prompt has filled, each with a cache of its own.
+
+        Args:
+            cache: An empty cache; None: a dynamic one.
+        """
+        cache = cache or DynamicCache(config=self.stack.config)
         self.stack(inputs_embeds=self._draw(self.options.cache, _OTHERS + 1), past_key_values=cache, use_cache=True)
         return lambda index: {
             "inputs_embeds": self._draw(1, index), "past_key_values": copy.deepcopy(cache), "use_cache": True,

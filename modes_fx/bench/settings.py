@@ -13,7 +13,7 @@ from torch import nn
 
 from modes_fx.bench import peer
 from modes_fx.bench.models import Routing
-from modes_fx.compare.speed import Setting, stock_twin
+from modes_fx.compare.speed import Setting, as_one_graph, stock_twin
 from modes_fx.errors import ModelError, in_a_line
 from modes_fx.layers import Region
 from modes_fx.optimize import optimize, set_plan
@@ -34,6 +34,10 @@ LAYER_SETTINGS = (
     Setting("batched_mm"), Setting("batched_mm", "moe"), Setting("batched_mm", "layer"), Setting("batched_mm", "model"),
     Setting("batched_mm", "layer", "eager"), Setting("batched_mm", "model", "eager"),
 )  # fmt: skip
+ONE_GRAPH_SETTINGS = (
+    Setting("grouped_mm", "graph"), Setting("batched_mm", "graph"), Setting("grouped_mm", "graph", "eager"),
+    Setting("batched_mm", "graph", "eager"),
+)  # fmt: skip
 _FEW = 8  # tokens: batched_mm copies each pair's weights, eager attention holds all scores
 
 
@@ -47,6 +51,7 @@ class Contender:
         model: What runs; it shares its weights with all others, unless it holds packed ones.
         skip: Ratio of pairs that its thresholds are to skip.
         taus: Thresholds on the dispatched weights of (text, visual) tokens; None keeps all pairs.
+        static: Whether it decodes over a static cache.
     """
 
     name: str
@@ -54,6 +59,7 @@ class Contender:
     model: nn.Module
     skip: float = 0.0
     taus: tuple[float, float] | None = None
+    static: bool = False
 
     def prepare(self) -> None:
         """Put its thresholds in force."""
@@ -80,7 +86,8 @@ class Twins:
         """Return stock in those settings that can take so many tokens."""
         fitting = [each for each in settings if tokens <= _FEW or (each.experts != "batched_mm" and each.attention is None)]
         twins = {str(each): self._twin(str(each), partial(stock_twin, self.model, each)) for each in fitting}
-        return [Contender(f"stock {name}", "stock", twin) for name, twin in twins.items()]
+        static = {str(each) for each in fitting if each.compiled == "graph"}
+        return [Contender(f"stock {name}", "stock", twin, static=name in static) for name, twin in twins.items()]
 
     def peer(self) -> list[Contender]:
         """Return vLLM's kernel, if it runs here; it skips nothing."""
@@ -104,6 +111,14 @@ class Twins:
         setting = Setting(DEFAULT.experts, attention=attention)
         model = self._twin(name, lambda: optimize(stock_twin(self.model, setting), region=region))
         return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
+
+    def one_graph(self, taus: Mapping[float, tuple[float, float] | None], attention: str | None = None) -> list[Contender]:
+        """Return modes-fx at each skip ratio, decoding over a static cache in one graph."""
+        setting = Setting(DEFAULT.experts, "graph", attention)
+        name = str(setting).replace(f"{DEFAULT.experts}, ", "modes-fx, ", 1)
+        stock = Setting(DEFAULT.experts, attention=attention)
+        model = self._twin(name, lambda: as_one_graph(optimize(stock_twin(self.model, stock))))
+        return [Contender(name, "ours", model, skip, pair, static=True) for skip, pair in taus.items()]
 
     def packed(self, taus: Mapping[float, tuple[float, float] | None]) -> list[Contender]:
         """Return modes-fx with packed weights at each skip ratio, if this CPU and these weights take that."""

@@ -7,14 +7,13 @@ one clock during the same run, so that neither is the difference of two noisy ru
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import statistics
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modes_fx.calib.objective import Batch, prompts_of
 from modes_fx.errors import CalibrationError, in_a_line
+from modes_fx.graph.code import own_code
 from modes_fx.layers import Region, find_moe_layers
 from modes_fx.optimize import is_optimized, stats
 from modes_fx.timing import in_turn
@@ -32,7 +32,6 @@ ROUNDS = 7  # each setting once in each
 WARM_UP = 2  # rounds before them, in which compilers work
 RECOMPILE_LIMIT = 64  # torch's own lets a setting run uncompiled without a word, once its layers are more than 8
 
-_serial = itertools.count()
 Times = dict[str, float]
 
 
@@ -42,16 +41,22 @@ class Setting:
 
     Attributes:
         experts: Implementation of its experts; None: as the model was loaded.
-        compiled: What of it ``torch.compile`` compiles, each in place.
+        compiled: What of it ``torch.compile`` compiles, each in place; ``"graph"``: its whole call as one graph, for decoding over
+            a static cache, as ``generate`` does by itself.
         attention: Implementation of its attention; None: as the model was loaded.
     """
 
     experts: str | None = None
-    compiled: Region | None = None
+    compiled: Region | Literal["graph"] | None = None
     attention: str | None = None
 
     def __str__(self) -> str:
-        compiled = {"moe": "MoE blocks", "layer": "decoder layers", "model": "all layers as one"}
+        compiled = {
+            "moe": "MoE blocks",
+            "layer": "decoder layers",
+            "model": "all layers as one",
+            "graph": "static cache, one graph",
+        }
         what = f", {compiled[self.compiled]} compiled" if self.compiled else ""
         attention = f", {self.attention} attention" if self.attention else ""
         return f"{self.experts or 'as loaded'}{what}{attention}"
@@ -190,6 +195,8 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
         twin.set_experts_implementation(setting.experts)
     if setting.attention is not None:
         twin.set_attn_implementation(setting.attention)
+    if setting.compiled == "graph":
+        return as_one_graph(twin)
     if setting.compiled is not None:
         regions = {id(region): region for layer in find_moe_layers(twin) if (region := layer.region(setting.compiled))}
         caller = _own_caller()
@@ -201,15 +208,19 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
     return stock
 
 
+def as_one_graph(model: nn.Module) -> nn.Module:
+    """Return a model whose whole call is compiled as one graph of fixed sizes."""
+    compiled: nn.Module = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+    return compiled
+
+
 def _own_caller() -> Callable[..., Any]:
-    """Return ``module(...)``, compiled, with a cache of graphs of its own; see the note in ``modes_fx.regions``."""
+    """Return ``module(...)``, compiled, with a cache of graphs of its own."""
 
     def call_stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
 
-    name = f"call_stock_{next(_serial)}"
-    own = types.FunctionType(call_stock.__code__.replace(co_name=name), call_stock.__globals__, name)
-    compiled: Callable[..., Any] = torch.compile(own)
+    compiled: Callable[..., Any] = torch.compile(own_code(call_stock))
     return compiled
 
 
