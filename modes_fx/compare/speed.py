@@ -7,6 +7,7 @@ one clock during the same run, so that neither is the difference of two noisy ru
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import statistics
 import time
@@ -33,6 +34,9 @@ WARM_UP = 2  # rounds before them, in which compilers work
 RECOMPILE_LIMIT = 64  # torch's own lets a setting run uncompiled without a word, once its layers are more than 8
 
 Times = dict[str, float]
+_COMPILED = {
+    "moe": "MoE blocks", "layer": "decoder layers", "model": "all layers as one", "graph": "whole over a static cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,8 @@ class Setting:
 
     Attributes:
         experts: Implementation of its experts; None: as the model was loaded.
-        compiled: What of it ``torch.compile`` compiles, each in place; ``"graph"``: its whole call as one graph, for decoding over
-            a static cache, as ``generate`` does by itself.
+        compiled: What of it ``torch.compile`` compiles, each in place; ``"graph"``: its whole call as one graph, for decoding
+            over a static cache, as ``generate`` does by itself.
         attention: Implementation of its attention; None: as the model was loaded.
     """
 
@@ -51,13 +55,7 @@ class Setting:
     attention: str | None = None
 
     def __str__(self) -> str:
-        compiled = {
-            "moe": "MoE blocks",
-            "layer": "decoder layers",
-            "model": "all layers as one",
-            "graph": "static cache, one graph",
-        }
-        what = f", {compiled[self.compiled]} compiled" if self.compiled else ""
+        what = f", {_COMPILED[self.compiled]} compiled" if self.compiled else ""
         attention = f", {self.attention} attention" if self.attention else ""
         return f"{self.experts or 'as loaded'}{what}{attention}"
 

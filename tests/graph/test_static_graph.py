@@ -1,4 +1,4 @@
-"""One graph of a static cache's decoding as CUDA graphs ask for it: fixed shapes, no wait for the host, inputs that stay in place.
+"""One graph of a static cache's decoding as CUDA graphs ask for it: fixed shapes, no wait for the host, inputs that stay put.
 
 Traced on a CPU with the dispatch that a GPU gets: a build of torch without CUDA cannot trace a whole model on its fake tensors.
 """
