@@ -1,39 +1,76 @@
 PYTHON ?= python3
+SHELL  := bash
 VENV   := .venv
 BIN    := $(VENV)/bin
 SYNC   := $(VENV)/.installed
 EXTRAS := .venv-extras
+NEWEST := .venv-newest
+UV     := .venv-lock/bin/uv
+PIP    := -m pip install --quiet --disable-pip-version-check
+PYTEST := -m pytest --numprocesses auto --dist loadfile
+TESTS  := .[dev]
+ALL    := .[dev,quantise,lmms]
 LMMS   := lmms-eval==0.7.3
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras lint bench bench-full coverage clean
+.PHONY: help demo test test-all test-extras test-newest lint bench bench-full coverage lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-$(SYNC): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+# One lock for each environment: constraints.txt for .venv, constraints-NAME.txt for .venv-NAME.
+#
+# $(call install,LOCK,PACKAGES,PACKAGES WITHOUT THEIR DEPENDENCIES): a new environment from its lock alone, the tools that build
+# this project included. Fails if the lock lacks anything that came in.
+define install
+	$(PYTHON) -m venv --clear $(@D)
+	export PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1); $(@D)/bin/python $(PIP) -e '$(2)' \
+		$(if $(3),&& $(@D)/bin/python $(PIP) --no-deps $(3))
+	! $(@D)/bin/python -m pip freeze --exclude-editable | sed 's/+.*//; s/_/-/g' | grep -vixFf <(sed 's/ *;.*//' $(1)) \
+		|| { echo '$(1) lacks what is named above. To add it: make lock UPGRADE='; exit 1; }
 	touch $@
+endef
 
-$(EXTRAS)/.installed: pyproject.toml constraints.txt Makefile
-	$(PYTHON) -m venv $(EXTRAS)
-	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantise,lmms]'
-	$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(LMMS)
-	touch $@
+# $(call lock,...), as above: pins for every system and Python that the project allows. torch stays at what it is tested with.
+define lock
+	printf '%s\n' '$(2)' torch==2.13.0 hatchling editables | $(UV) pip compile --quiet $(UPGRADE) --universal \
+		--python-version 3.10 --no-annotate --no-emit-package modes-fx \
+		--custom-compile-command 'make lock    (for Python 3.10 and newer; tested with 3.11)' --output-file $(1) -
+	$(if $(3),echo $(3) >> $(1))
+endef
+UPGRADE ?= --upgrade
+
+$(SYNC): pyproject.toml constraints.txt
+	$(call install,constraints.txt,$(TESTS))
+
+$(EXTRAS)/.installed: pyproject.toml constraints-extras.txt
+	$(call install,constraints-extras.txt,$(ALL),$(LMMS))
+
+lock: $(UV)  ## renew all pins; with UPGRADE= only add and drop what pyproject.toml asks for
+	$(call lock,constraints.txt,$(TESTS))
+	$(call lock,constraints-extras.txt,$(ALL),$(LMMS))
+
+$(UV):
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP) uv
 
 demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluate, time (4 minutes)
 	$(BIN)/modes-fx demo --out out/demo
 
 test: $(SYNC)  ## run the tests
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: $(SYNC)  ## run the slow tests too: every family in every form
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python $(PYTEST)
 
 test-extras: $(EXTRAS)/.installed  ## run the tests that need torchao and lmms-eval, in an environment of their own
 	$(EXTRAS)/bin/python -c 'import lmms_eval.evaluator, torchao'  # without them, the tests would only skip
-	$(EXTRAS)/bin/python -m pytest --numprocesses auto --dist loadfile tests/quantise tests/lmms
+	$(EXTRAS)/bin/python $(PYTEST) tests/quantise tests/lmms
+
+test-newest:  ## run the tests with the newest release of every dependency, in an environment of their own
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python $(PIP) -e '.[dev]'
+	$(NEWEST)/bin/python $(PYTEST) -m "not slow"
 
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .
@@ -50,5 +87,5 @@ bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, 
 coverage: $(SYNC)  ## write the README's table of model families anew
 	$(BIN)/python -m tests.families.coverage --write README.md
 
-clean:  ## remove the environment and all output
-	rm -rf $(VENV) $(EXTRAS) out
+clean:  ## remove the environments and all output
+	rm -rf .venv .venv-* out

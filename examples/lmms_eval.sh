@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Score a model by lmms-eval, unskipped and with a plan. As it stands: a few questions of the embedded model, offline, in a minute.
 #
-#   pip install -e '.[lmms]' && pip install --no-deps lmms-eval==0.7.3
+#   pip install -e '.[lmms]' -c constraints-extras.txt && pip install --no-deps lmms-eval==0.7.3
 #   examples/lmms_eval.sh
 #
 # Real weights and published tasks (these fetch their data):
