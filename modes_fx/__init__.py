@@ -1,4 +1,11 @@
-"""modes-fx: skip the experts of a Mixture-of-Experts vision-language model that do not matter for a token."""
+"""modes-fx: skip the experts of a Mixture-of-Experts vision-language model that do not matter for a token.
+
+What an optimised model does where:
+
+- called from Python, ``generate`` with any cache: skips, each MoE block compiled in place;
+- inside a ``torch.compile`` (Inductor, ``backend="modes_fx"``), or the graph that ``generate`` compiles for a static cache: skips;
+- under other backends, tracers, ``torch.export`` and AOTInductor: the same answers, with nothing spared.
+"""
 
 from modes_fx.errors import ModesFxError
 from modes_fx.inspection import Inspection, inspect
