@@ -3,7 +3,7 @@
 What an optimised model does where:
 
 - called from Python, ``generate`` with any cache: skips, each MoE block compiled in place;
-- inside a ``torch.compile`` (Inductor, ``backend="modes_fx"``), or the graph that ``generate`` compiles for a static cache: skips;
+- inside a ``torch.compile`` (Inductor, ``backend="modes_fx"``), ``generate``'s own for a static cache too: skips, in one graph;
 - under other backends, tracers, ``torch.export`` and AOTInductor: the same answers, with nothing spared.
 """
 

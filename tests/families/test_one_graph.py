@@ -61,7 +61,7 @@ def test_what_is_compiled_around_a_model_skips_what_the_oracle_skips(family: Fam
     real = torch.ones(unskipped.shape[:2]) == 1 if real is None else real
     backend = Rewriting()
     if family.expected == "converted":  # no oracle hooks a loop: what is called from Python is tested against it elsewhere
-        modes_fx.optimize(model, modes_fx.SkipPlan.uniform(text=0.25, vision=0.4))
+        modes_fx.optimize(model, modes_fx.SkipPlan.uniform(text=0.9, vision=0.9))
         with modes_fx.stats(model) as by_block:
             expected = logits(model, inputs)
         wanted = by_block.pairs_routed, by_block.pairs_kept
