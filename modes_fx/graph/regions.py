@@ -28,6 +28,8 @@ _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_
 _QUANTISED_LATER = "If its weights were quantised after optimize(): call modes_fx.optimize() again."
 _REASON = "modes_fx compiles this module itself"
 
+_CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logits")
+
 Compiled = Callable[..., Any]
 
 
@@ -81,9 +83,14 @@ class Region:
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
     def run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled, unless something is to see its parts run."""
-        if self._runtime.suspended or self._runtime.switched or any(self._hooks):
+        if self._runtime.suspended or self._runtime.switched or any(self._hooks) or self._captures(kwargs):
             return (self.before or self._module._call_impl)(*args, **kwargs)
         return self.run(args, kwargs)
+
+    def _captures(self, kwargs: dict[str, Any]) -> bool:
+        """Return whether transformers is to capture router logits, say, by hooks that it adds when first asked for them."""
+        config = getattr(self._module, "config", None)
+        return any(kwargs.get(name, getattr(config, name, False)) for name in _CAPTURED)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled."""
