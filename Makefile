@@ -11,9 +11,10 @@ PYTEST := -m pytest --numprocesses auto --dist loadfile
 TESTS  := .[dev]
 ALL    := .[dev,quantise,lmms]
 LMMS   := lmms-eval==0.7.3
+THEIRS := .upstream
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras test-newest lint bench bench-full coverage lock clean
+.PHONY: help demo test test-all test-extras test-newest test-upstream lint bench bench-full coverage lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -54,6 +55,17 @@ $(UV):
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python $(PIP) uv
 
+$(THEIRS)/.fetched: $(SYNC)
+	rm -rf $(THEIRS)
+	mkdir -p $(THEIRS)/transformers_tests
+	version=$$($(BIN)/python -c 'import transformers; print(transformers.__version__)') && \
+		$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary transformers \
+			--dest $(THEIRS) transformers==$$version && \
+		tar -xzf $(THEIRS)/transformers-$$version.tar.gz -C $(THEIRS)/transformers_tests --strip-components=2 \
+			transformers-$$version/tests
+	$(BIN)/python $(PIP) --no-deps --target $(THEIRS) parameterized==0.9.0
+	touch $@
+
 demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluate, time (4 minutes)
 	$(BIN)/modes-fx demo --out out/demo
 
@@ -72,6 +84,10 @@ test-newest:  ## run the tests with the newest release of every dependency, in a
 	$(NEWEST)/bin/python $(PIP) -e '.[dev]'
 	$(NEWEST)/bin/python $(PYTEST) -m "not slow"
 
+test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optimised models (5 minutes)
+	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py \
+		-o addopts='-p no:cacheprovider' -o filterwarnings=ignore  # they have markers of their own, and warn
+
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,4 +104,4 @@ coverage: $(SYNC)  ## write the README's table of model families anew
 	$(BIN)/python -m tests.families.coverage --write README.md
 
 clean:  ## remove the environments and all output
-	rm -rf .venv .venv-* out
+	rm -rf .venv .venv-* $(THEIRS) out
