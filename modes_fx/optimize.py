@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -404,12 +405,16 @@ def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
 
 def _compile(state: _Optimized, dynamic: bool | None, settings: Mapping[str, Any]) -> None:
     """Compile the regions, and the experts for calls that pass the regions around them by; on the first call of each."""
+    weakly = weakref.ref(state.runtime)  # dynamo never lets go of a backend, nor that of the model
 
     def noted(sites: tuple[SiteRecord, ...]) -> None:
-        state.runtime.graphs += 1
+        runtime = weakly()
+        if runtime is None:
+            return
+        runtime.graphs += 1
         for site in sites:
             if site.layer >= 0:
-                state.runtime.sites[site.layer] = site
+                runtime.sites[site.layer] = site
 
     backend = SkipBackend(noted, require_site=True, **settings)
     wider: dict[int, nn.Module] = {}
