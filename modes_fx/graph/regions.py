@@ -7,11 +7,13 @@ cannot be traced) are compiled the same way. A trace around the model takes none
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -27,6 +29,7 @@ _SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
 _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
 _QUANTISED_LATER = "If its weights were quantised after optimize(): call modes_fx.optimize() again."
 _REASON = "modes_fx compiles this module itself"
+_CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 Compiled = Callable[..., Any]
 
@@ -81,9 +84,13 @@ class Region:
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
     def run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled, unless something is to see its parts run."""
-        if self._runtime.suspended or self._runtime.switched or any(self._hooks):
+        if self._runtime.suspended or self._runtime.switched or self.is_watched(kwargs):
             return (self.before or self._module._call_impl)(*args, **kwargs)
         return self.run(args, kwargs)
+
+    def is_watched(self, kwargs: dict[str, Any]) -> bool:
+        """Return whether something is to see the module's parts run in a call with these arguments."""
+        return any(self._hooks)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled."""
@@ -103,6 +110,11 @@ class _Wider(Region):
     def __init__(self, runtime: Runtime, module: nn.Module, compiled: Compiled) -> None:
         super().__init__(runtime, module)
         self._compiled = compiled
+        self._config = getattr(module, "config", None)
+
+    def is_watched(self, kwargs: dict[str, Any]) -> bool:
+        # transformers adds the hooks that capture these in the middle of the first call that asks for them
+        return super().is_watched(kwargs) or any(kwargs.get(name, getattr(self._config, name, False)) for name in _CAPTURED)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._compiled(self._module, *args, **kwargs)
@@ -164,8 +176,9 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
 
 
 def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Compiled:
-    """Compile a function of a module as one graph, with a cache of graphs of its own."""
-    compiled = torch.compile(own_code(call), backend=backend, fullgraph=True, dynamic=dynamic)
+    """Compile a function of a module as one graph, with a cache of graphs of its own, which goes when the function goes."""
+    own = own_code(call)
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
 
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -181,6 +194,8 @@ def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bo
                 + _advice(module)
             ) from error
 
+    # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
+    weakref.finalize(run, remove_from_cache, own.__code__).atexit = False
     return run  # type: ignore[no-any-return]
 
 
