@@ -7,11 +7,14 @@ cannot be traced) are compiled the same way. A trace around the model takes none
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -23,11 +26,12 @@ from modes_fx.graph.running import traced
 from modes_fx.graph.runtime import Runtime
 from modes_fx.layers import has_accelerate_hooks, has_torchao_weights
 
+logger = logging.getLogger(__name__)
+
 _SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
 _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
 _QUANTISED_LATER = "If its weights were quantised after optimize(): call modes_fx.optimize() again."
 _REASON = "modes_fx compiles this module itself"
-
 _CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 Compiled = Callable[..., Any]
@@ -71,6 +75,7 @@ class Region:
     def __init__(self, runtime: Runtime, module: nn.Module) -> None:
         self._runtime = runtime
         self._module = module
+        self._told = False
         # A hook may do what no trace can follow, as those by which transformers captures router logits and hidden states.
         self._hooks = [hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
 
@@ -83,14 +88,17 @@ class Region:
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
     def run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled, unless something is to see its parts run."""
-        if self._runtime.suspended or self._runtime.switched or any(self._hooks) or self._captures(kwargs):
+        watched = self.is_watched(kwargs)
+        if watched and not self._told:
+            self._told = True
+            logger.info("a %s runs uncompiled but for its experts: hooks see its parts run", type(self._module).__name__)
+        if watched or self._runtime.suspended or self._runtime.switched:
             return (self.before or self._module._call_impl)(*args, **kwargs)
         return self.run(args, kwargs)
 
-    def _captures(self, kwargs: dict[str, Any]) -> bool:
-        """Return whether transformers is to capture router logits, say, by hooks that it adds when first asked for them."""
-        config = getattr(self._module, "config", None)
-        return any(kwargs.get(name, getattr(config, name, False)) for name in _CAPTURED)
+    def is_watched(self, kwargs: dict[str, Any]) -> bool:
+        """Return whether something is to see the module's parts run in a call with these arguments."""
+        return any(self._hooks)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled."""
@@ -110,6 +118,11 @@ class _Wider(Region):
     def __init__(self, runtime: Runtime, module: nn.Module, compiled: Compiled) -> None:
         super().__init__(runtime, module)
         self._compiled = compiled
+        self._config = getattr(module, "config", None)
+
+    def is_watched(self, kwargs: dict[str, Any]) -> bool:
+        # transformers adds the hooks that capture these in the middle of the first call that asks for them
+        return super().is_watched(kwargs) or any(kwargs.get(name, getattr(self._config, name, False)) for name in _CAPTURED)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self._compiled(self._module, *args, **kwargs)
@@ -171,8 +184,9 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
 
 
 def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Compiled:
-    """Compile a function of a module as one graph, with a cache of graphs of its own."""
-    compiled = torch.compile(own_code(call), backend=backend, fullgraph=True, dynamic=dynamic)
+    """Compile a function of a module as one graph, with a cache of graphs of its own, which goes when the function goes."""
+    own = own_code(call)
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
 
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -188,6 +202,8 @@ def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bo
                 + _advice(module)
             ) from error
 
+    # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
+    weakref.finalize(run, remove_from_cache, own.__code__).atexit = False
     return run  # type: ignore[no-any-return]
 
 

@@ -6,9 +6,12 @@ Loaded, each registers the operations of ``ops`` for the CPU, so that generated 
 from __future__ import annotations
 
 import functools
+import logging
 from importlib import resources
 
 from modes_fx.errors import no_compiler
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -21,6 +24,7 @@ def load(file: str) -> None:
     from torch._inductor.codecache import CppCodeCache
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
+    logger.info("kernels of %s: compiled for this processor, unless Inductor's cache has them (20 s, once a machine)", file)
     try:
         CppCodeCache.load(resources.files("modes_fx.kernels").joinpath(file).read_text())
     except (InvalidCxxCompiler, CppCompileError) as error:
