@@ -57,12 +57,11 @@ def block_plan(tau: float, slack: float, experts: int) -> SkipPlan:
 
 def tuned(routing: Routing, slack: float, skip: float, experts: int) -> tuple[float, float, int]:
     """Return the threshold that skips the share ``skip`` of a batch, what it skips, and the experts it reads."""
-    tokens, top_k = routing.ids.shape
-    flat, classes = (routing.ids.reshape(-1), routing.weights.reshape(-1)), torch.zeros(tokens, dtype=torch.int64)
+    classes = torch.zeros(len(routing.ids), dtype=torch.int64)
     low, high, table = 0.0, 1.0, torch.full((experts,), slack)
     for _ in range(30):
         tau = (low + high) / 2
-        keep, _ = decide(RULES[RULE].keep, *flat, classes, torch.tensor([tau]), table, top_k=top_k)
+        keep, _ = decide(RULES[RULE].keep, routing.ids, routing.weights, classes, torch.tensor([tau]), table)
         skipped = 1 - float(keep.float().mean())
         low, high = (tau, high) if skipped < skip else (low, tau)
     return tau, skipped, len(routing.ids[keep].unique())
@@ -103,25 +102,25 @@ def _milliseconds(block: nn.Module, plan: SkipPlan, hidden: Tensor) -> float:
 def counting_experts(model: Any) -> Iterator[list[int]]:
     """Yield a list that gets the number of experts read by each MoE layer that runs."""
     state, ids, read = optimized_state(model), {}, []
-    hooks, record = [], state.runtime.record
+    hooks, see = [], state.runtime.stats.see
 
     def note_ids(layer: int, gate: nn.Module, hidden: Tensor) -> None:
         with torch.no_grad():
             ids[layer] = gate(hidden.flatten(0, -2))[2].flatten()
 
-    def note_pairs(layer: int, top_k: int, token_class: Tensor, pairs: Tensor) -> None:
-        read.append(len(ids[layer][pairs[pairs >= 0]].unique()))
-        record(layer, top_k, token_class, pairs)
+    def note_pairs(layer: int, keep_TK: Tensor) -> None:
+        read.append(len(ids[layer][keep_TK.flatten()].unique()))
+        see(layer, keep_TK)
 
     for index, found in enumerate(state.layers):
         layer = model.get_submodule(found.name.removesuffix(".mlp.experts"))  # hooks in a block would be compiled with it
         norm, gate = layer.post_attention_layernorm, layer.mlp.gate
         hooks.append(norm.register_forward_hook(lambda _, __, out, index=index, gate=gate: note_ids(index, gate, out)))
-    state.runtime.record = note_pairs
+    vars(state.runtime.stats)["see"] = note_pairs
     try:
         yield read
     finally:
-        del state.runtime.record
+        del vars(state.runtime.stats)["see"]
         for hook in hooks:
             hook.remove()
 
