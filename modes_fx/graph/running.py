@@ -58,7 +58,7 @@ class Forward:
         self.counts: Tensor | None = None
         self.norms: Tensor | None = None
         self.observed = False
-        self._whole: Forward = self if outer is None else outer._whole
+        self._outer = outer
         self._bounds: Tensor = plan.snapshot() if outer is None else outer._bounds
         self._flat = ids.reshape(-1)
         self._steering: Steering | None = None
@@ -124,10 +124,13 @@ class Forward:
             classes: int64 [T], those of its tokens.
             keep_TK: bool [T, K].
         """
-        if self._whole.counts is not None:
-            counts = self._whole.counts.clone()
+        whole = self
+        while whole._outer is not None:
+            whole = whole._outer
+        if whole.counts is not None:
+            counts = whole.counts.clone()
             counts[layer, :, PHASES.index(self.phase)] += _tally(classes, keep_TK).to(counts.device)
-            self._whole.counts = counts
+            whole.counts = counts
         if self._steering is not None:
             self._steering.note(layer, keep_TK)
         if not torch.compiler.is_compiling():
@@ -186,11 +189,9 @@ def running() -> Forward | None:
 
 def traced() -> bool:
     """Return whether calls are recorded instead of run: by dynamo, an exporter, a tracer, or a mode that sees each of them."""
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or bool(_get_current_dispatch_mode_stack())
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
