@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import skip
 from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -85,7 +86,7 @@ class Region:
             return self._module._call_impl(*args, **kwargs)
         return self.run_compiled(args, kwargs)
 
-    @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
+    @skip  # what runs below is kept from outer traces by itself, without another wrapper in each call
     def run_compiled(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module compiled, unless something is to see its parts run."""
         watched = self.is_watched(kwargs)
@@ -188,7 +189,7 @@ def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bo
     own = own_code(call)
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
 
-    @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]  # a trace around would take in stock code
+    @skip
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         try:
             return compiled(module, *args, **kwargs)
@@ -204,7 +205,7 @@ def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bo
 
     # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
     weakref.finalize(run, remove_from_cache, own.__code__).atexit = False
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def _advice(module: nn.Module) -> str:
