@@ -16,7 +16,6 @@ from torch._dynamo.eval_frame import OptimizedModule
 from modes_fx.budget import Budget, budget_of
 from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
-from modes_fx.graph import hook
 from modes_fx.graph.backend import SkipBackend, inductor_settings
 from modes_fx.graph.checkpoints import forget_forwards, remember_forwards
 from modes_fx.graph.experts import IMPLEMENTATION, Site, attach, dispatch_of, left_in_a_copy
@@ -176,12 +175,12 @@ def optimize(
             watches, state.attention_before = watch_attention(state.layers, state.runtime)
             state.watches += watches
         _put_in_force(state, plan, bounds)
+        state.runtime.follow(next(model.parameters()).device)  # where inputs will come from, before anybody compiles
     except BaseException:
         state.undo()
         raise
     vars(model)[_ATTRIBUTE] = state
     _forget_compiled_call(model)
-    hook.install()
     logger.info("%s: %d of %d routing sites rewritten", state.model_name, len(report(model).rewritten), len(layers))
     return given
 

@@ -221,7 +221,7 @@ class SkipStats:
 
     def add(self, pairs: Tensor) -> None:
         """Add what a forward counted, int64 [layers, modalities, phases, 2]: pairs routed and kept."""
-        self._pairs += pairs
+        self._pairs += pairs.to(self._pairs.device)
 
     def see(self, layer: int, keep_TK: Tensor) -> None:
         """Note what each token of one dispatch keeps, bool [T, K], if somebody asked by ``by_token``."""

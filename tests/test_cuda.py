@@ -117,21 +117,19 @@ def test_inductor_captures_the_block_as_reduce_overhead_asks_for(stock: str, dty
     assert not counters["inductor"]["cudagraph_skips"]
 
 
-@pytest.mark.parametrize("stock", STOCK)
-def test_a_model_skips_what_the_oracle_drops(inputs: dict[str, Tensor], stock: str) -> None:
+def test_a_model_skips_what_the_oracle_drops(inputs: dict[str, Tensor]) -> None:
     on_cpu = {name: value.cpu() for name, value in inputs.items()}
     classes = tiny.classes(on_cpu)
     bounds = oracle.random_bounds(tiny.make(), classes, seed=3, **on_cpu)
     wanted = oracle.Oracle(tiny.make(), bounds)
     expected_logits = wanted(classes, **on_cpu, use_cache=False).logits
     model = modes_fx.optimize(tiny.make().to(DEVICE), plan_of(bounds))
-    model.set_experts_implementation(stock)
     with modes_fx.stats(model) as stats:
         actual = logits(model, inputs).cpu()
     assert relative_error(actual, expected_logits, classes != 2) <= 1e-4
     assert stats.pairs_routed.equal(wanted.routed)
     assert stats.pairs_kept.equal(wanted.kept)
-    assert {(site.form, site.dispatch) for site in modes_fx.report(model).rewritten} == {(stock, "static")}
+    assert {(site.form, site.dispatch) for site in modes_fx.report(model).rewritten} == {("grouped_mm", "static")}
 
 
 def test_generate_skips_in_prefill_and_decoding_with_a_graph_each(
@@ -150,3 +148,16 @@ def test_generate_skips_in_prefill_and_decoding_with_a_graph_each(
     assert 0 < stats.skip_ratio(phase="prefill") < 1
     assert 0 < stats.skip_ratio(phase="decode") < 1
     assert modes_fx.report(model).graphs == 2
+
+
+def test_generate_compiles_a_static_cache_into_cuda_graphs_that_serve_every_plan(inputs: dict[str, Tensor]) -> None:
+    model: nn.Module = tiny.make(dtype=torch.bfloat16).to(DEVICE)
+    inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+    modes_fx.optimize(model)
+    settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    counters.clear()
+    for plan in (None, modes_fx.SkipPlan.uniform(text=0.25, vision=0.4), modes_fx.SkipPlan.uniform(text=math.inf, vision=0.0)):
+        modes_fx.set_plan(model, plan)
+        eagerly = model.generate(**inputs, disable_compile=True, **settings)
+        assert model.generate(**inputs, **settings).equal(eagerly)
+    assert not counters["inductor"]["cudagraph_skips"]

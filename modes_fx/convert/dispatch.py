@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
-from modes_fx.graph.experts import marked, run
+from modes_fx.graph.experts import marked, run_dispatch
 
 
 class DispatchedExperts(nn.Module):
@@ -34,7 +34,8 @@ class DispatchedExperts(nn.Module):
         """
         flat = hidden.reshape(-1, hidden.shape[-1])
         tokens = flat.shape[0]
-        return run(self, type(self).dispatch, flat, ids.reshape(tokens, -1), weights.reshape(tokens, -1)).view(hidden.shape)
+        given = flat, ids.reshape(tokens, -1), weights.reshape(tokens, -1)
+        return run_dispatch(self, type(self).dispatch, *given).view(hidden.shape)
 
     def dispatch(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Do the work of ``forward``: the very graph that the matcher anchors on."""

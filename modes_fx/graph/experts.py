@@ -1,6 +1,6 @@
 """What the experts of an optimised model run, wherever they are called from: the marker, then the stock dispatch.
 
-transformers calls ``experts_forward`` under the name ``modes_fx``, converted blocks call ``run`` themselves. Inside any trace
+transformers calls ``experts_forward`` under the name ``modes_fx``, converted blocks call ``run_dispatch``. Inside any trace
 the two stand in the graph as they are. Called from Python, they are compiled together (``regions``): once for all layers, since
 a layer's weights, thresholds and token classes are inputs.
 """
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from modes_fx.graph import marker
+from modes_fx.graph import hook, marker
 from modes_fx.graph.running import traced
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         top_k_index: int64 [T, K].
         top_k_weights: [T, K].
     """
-    return run(experts, marked_dispatch, hidden_states, top_k_index, top_k_weights)
+    return run_dispatch(experts, marked_dispatch, hidden_states, top_k_index, top_k_weights)
 
 
-def run(experts: Any, dispatch: Dispatch, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def run_dispatch(experts: Any, dispatch: Dispatch, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Run a dispatch that marks its weights: in line where a trace takes it in, else compiled on its own."""
     site: Site | None = getattr(experts, _ATTRIBUTE, None)
     if site is None or site.runtime.suspended or traced():
@@ -106,6 +107,8 @@ def marked(experts: nn.Module, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     site: Site | None = getattr(experts, _ATTRIBUTE, None)
     if site is None or site.runtime.suspended:
         return weights_TK
+    if torch.compiler.is_compiling():
+        hook.install()
     runtime = site.runtime
     if _one_layer.given is not None:
         layer, (classes, bounds, table) = -1, _one_layer.given

@@ -10,11 +10,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch._inductor.config as inductor_config
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from modes_fx import kernels, passes, policies
+from modes_fx import graph, kernels, passes, policies
 from modes_fx.passes.skip_experts import is_marked, skip_experts
 from modes_fx.policies.registry import rules_by_key
 
@@ -51,8 +52,9 @@ class SkipMarked(CustomGraphPass):
         return None if None in others else (own, tuple(others))
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # dynamo runs it when it traces, and keeps no trace of it
 def install() -> None:
-    """Set the hook, in front of nothing and behind whatever is set; doing so again changes nothing."""
+    """Set the hook behind whatever is set, if it is not; called in each trace of a marked dispatch, before Inductor looks."""
     current = inductor_config.pre_grad_custom_pass
     hooks = list(current) if isinstance(current, (list, tuple)) else [current] if current is not None else []
     if not any(isinstance(hook, SkipMarked) for hook in hooks):
@@ -62,7 +64,7 @@ def install() -> None:
 @cache
 def _sources() -> str:
     digest = hashlib.sha256()
-    for package in (passes, policies, kernels):
+    for package in (graph, kernels, passes, policies):
         for path in sorted(Path(package.__path__[0]).iterdir()):
             if path.suffix in (".py", ".cpp"):
                 digest.update(path.read_bytes())

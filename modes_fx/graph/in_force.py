@@ -23,7 +23,7 @@ class InForce:
         tables: float32, the rule's table of each layer; () for a rule without.
         budget: What sets the bounds of prefills as they go; None where ``bounds`` holds.
         keeps_all: Whether no pair can be dropped, so that nothing depends on the modality.
-        rows: ``bounds`` of each phase and layer, views.
+        rows: ``bounds`` of each phase and layer, views; () in a copy, of which a forward uses each but once.
     """
 
     bounds: Tensor
@@ -61,9 +61,13 @@ class InForce:
             torch._dynamo.mark_static_address(tensor)
         return self
 
-    def snapshot(self) -> Tensor:
-        """Return bounds that nobody changes while a forward runs: on a CPU they never are, elsewhere they are copied."""
-        return self.bounds if self.bounds.device.type == "cpu" else self.bounds.clone()
+    def snapshot(self) -> InForce:
+        """Return what nobody changes while a forward runs: on a CPU it never is changed, elsewhere it is copied."""
+        return self if self.bounds.device.type == "cpu" else self.copied()
+
+    def copied(self) -> InForce:
+        """Return the same in memory of its own."""
+        return InForce(self.bounds.clone(), tuple(table.clone() for table in self.tables), self.budget, self.keeps_all)
 
 
 def _rows(bounds: Tensor) -> tuple[tuple[Tensor, ...], ...]:

@@ -47,35 +47,36 @@ class Regions:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._before: list[tuple[nn.Module, Any]] = []
+        self._regions: list[Region] = []
 
     def add_block(self, layer: int, block: nn.Module, compiled: Compiled) -> None:
         """Compile a module that holds one layer's dispatch, by ``compiled_block``; several share it."""
-        self._add(block, _Block(self._runtime, layer, block, compiled))
+        self._regions.append(_Block(self._runtime, layer, block, compiled))
 
     def add(self, module: nn.Module, compiled: Compiled) -> None:
         """Compile a module that holds any number of layers, by ``compiled_module``."""
-        self._add(module, _Wider(self._runtime, module, compiled))
+        self._regions.append(_Wider(self._runtime, module, compiled))
 
     def remove(self) -> None:
         """Give each module back the call that it had."""
-        for module, before in reversed(self._before):
-            module._compiled_call_impl = before
-
-    def _add(self, module: nn.Module, region: Region) -> None:
-        region.before = module._compiled_call_impl
-        self._before.append((module, region.before))
-        module._compiled_call_impl = region
+        for region in reversed(self._regions):
+            region.remove()
+        self._regions.clear()
 
 
 class Region:
-    """Stands where ``Module.compile`` puts compiled code."""
+    """Stands where ``Module.compile`` puts compiled code, from the time that it is made.
 
-    before: Any = None
+    Args:
+        runtime: The model's.
+        module: The module.
+    """
 
     def __init__(self, runtime: Runtime, module: nn.Module) -> None:
         self._runtime = runtime
         self._module = module
+        self._before = module._compiled_call_impl
+        module._compiled_call_impl = self
         self._told = False
         # A hook may do what no trace can follow, as those by which transformers captures router logits and hidden states.
         self._hooks = [hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
@@ -94,8 +95,12 @@ class Region:
             self._told = True
             logger.info("a %s runs uncompiled but for its experts: hooks see its parts run", type(self._module).__name__)
         if watched or self._runtime.suspended or self._runtime.switched:
-            return (self.before or self._module._call_impl)(*args, **kwargs)
+            return (self._before or self._module._call_impl)(*args, **kwargs)
         return self.run(args, kwargs)
+
+    def remove(self) -> None:
+        """Give the module the call that it had."""
+        self._module._compiled_call_impl = self._before
 
     def is_watched(self, kwargs: dict[str, Any]) -> bool:
         """Return whether something is to see the module's parts run in a call with these arguments."""

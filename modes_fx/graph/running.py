@@ -27,7 +27,7 @@ class Forward:
 
     Args:
         runtime: The model's.
-        plan: What is in force, read once.
+        plan: What is in force, read once: a snapshot.
         ids: int64 [B, S], each token's class: ``TEXT``, ``VISION`` or ``PADDING``. Without dimensions where all tokens are of
             one class and any number of them may come: those of a vision tower, say.
         phase: ``"decode"`` for a step of one token a sequence over a cache, else ``"prefill"``.
@@ -59,7 +59,6 @@ class Forward:
         self.norms: Tensor | None = None
         self.observed = False
         self._outer = outer
-        self._bounds: Tensor = plan.snapshot() if outer is None else outer._bounds
         self._flat = ids.reshape(-1)
         self._steering: Steering | None = None
         self._of_group: dict[bool, Forward] = {}
@@ -107,10 +106,10 @@ class Forward:
             if self._steering is None:
                 self._steering = Steering(self.plan.budget, classes, layer)
             bounds = self._steering.row(layer)
-        elif torch.compiler.is_compiling() or self._bounds is not self.plan.bounds:
-            bounds = self._bounds[phase, layer]
-        else:
+        elif self.plan.rows and not torch.compiler.is_compiling():
             bounds = self.plan.rows[phase][layer]  # ready made: outside a graph every operation costs
+        else:
+            bounds = self.plan.bounds[phase, layer]
         table = self.plan.tables[layer] if self.plan.tables else None
         if bounds.device != device:
             bounds, table = bounds.to(device), None if table is None else table.to(device)
@@ -143,8 +142,7 @@ class Forward:
 
     def refresh(self) -> None:
         """Take what is in force now, in the middle of the forward."""
-        self.plan = self.runtime.in_force
-        self._bounds = self.plan.snapshot()
+        self.plan = self.runtime.in_force.snapshot()
 
     def observe(self, ids: Tensor) -> None:
         """Take the classes that observed attention gives the tokens; protected ones are ``CLASSES`` higher."""

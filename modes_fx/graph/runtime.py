@@ -70,8 +70,8 @@ class Runtime:
         self._put(self.in_force.bounds.device)
 
     def follow(self, device: torch.device) -> None:
-        """Hold what is in force on the device of the model's inputs."""
-        if self.in_force.bounds.device != device:
+        """Hold what is in force on the device of the model's inputs; not on meta, which would lose it."""
+        if self.in_force.bounds.device != device and device.type != "meta":
             self.stats.follow(device)
             self._put(device)
 

@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -78,8 +79,7 @@ def modes_fx(
     rejected = mark_sites(module.graph, partial(marking.given, module.graph), key_of(marking.rule), marking.dispatch)
     sites = (*rejected, *rewrite(module))
     _say(report, sites, takes_experts=marking.takes_experts)
-    compiled = inductor(module, inputs, **rest)
-    return compiled if marking.input_ids is None else marking.publishing(compiled)
+    return marking.around(inductor(module, inputs, **rest))
 
 
 def _say(report: GraphReport | None, sites: tuple[SiteRecord, ...], *, takes_experts: bool) -> None:
@@ -113,7 +113,7 @@ class _Published:
 
 
 _published: ContextVar[_Published | None] = ContextVar("modes_fx_published", default=None)
-_markings: dict[int, Marking] = {}
+_markings: weakref.WeakValueDictionary[int, Marking] = weakref.WeakValueDictionary()  # each lives as long as its graph
 _serial = itertools.count()
 
 
@@ -158,7 +158,7 @@ class Marking:
         sources = [source_of(node) for node in module.graph.nodes if node.op == "placeholder"]
         self.takes_experts = any("experts" in source for source in sources)
         named = {match[1]: i for i, source in enumerate(sources) if (match := re.search(r"\['(\w+)'\]$", source))}
-        self.input_ids, self._attention_mask = named.get("input_ids"), named.get("attention_mask")
+        self._input_ids, self._attention_mask = named.get("input_ids"), named.get("attention_mask")
         self._vision_ids = tuple((plan.model.get("vision_token_ids", ()) if plan else ()) or vision_token_ids or ())
         layers = len(plan.alpha or plan.tables or (1,)) if plan else 1
         self._takers = layers if plan and (plan.alpha or plan.tables) else math.inf
@@ -183,11 +183,13 @@ class Marking:
         classes, bounds, table = Emitter.after(hidden, weight).trace(_given, hidden, *([weight] if plain else []), **known)
         return classes, bounds, table if shape else None
 
-    def publishing(self, compiled: Compiled) -> Compiled:
-        """Let a graph that has ``input_ids`` publish its tokens whenever it runs."""
+    def around(self, compiled: Compiled) -> Compiled:
+        """Return the compiled graph; one that has ``input_ids`` publishes its tokens whenever it runs."""
 
         def run(*inputs: Any) -> Sequence[Any]:
-            given, input_ids = modality.explicit(), inputs[self.input_ids]  # type: ignore[index]  # this graph has them
+            if self._input_ids is None:
+                return compiled(*inputs)
+            given, input_ids = modality.explicit(), inputs[self._input_ids]
             unclear = self._needs_modality and not self._vision_ids
             stated = given is not None and (given.numel() == input_ids.numel() or unclear)
             _published.set(None if stated else _Published(self._classes_of(input_ids, inputs), self._options))

@@ -220,7 +220,7 @@ def _begin(runtime: Runtime, ids: Tensor, phase: Phase, expert_groups: Tensor | 
     """Begin a forward of the model, under what is in force now."""
     if not torch.compiler.is_compiling():
         runtime.follow(ids.device)
-    return Forward(runtime, runtime.in_force, ids, phase, expert_groups)
+    return Forward(runtime, runtime.in_force.snapshot(), ids, phase, expert_groups)
 
 
 def _fits(forward: Forward, reference: Tensor) -> bool:

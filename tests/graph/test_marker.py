@@ -10,7 +10,6 @@ from torch import Tensor
 from modes_fx.errors import ModesFxError
 from modes_fx.graph import marker
 from modes_fx.policies import RULES, Rule, key_of, register, rule_of
-from modes_fx.policies.registry import _KEYS
 from tests import oracle
 from tests.policies.tables import table_for
 
@@ -48,25 +47,17 @@ def test_gradients_reach_the_kept_weights_alone() -> None:
     assert given[0].grad.equal(kept.float())
 
 
-@pytest.fixture
-def register_as() -> Any:
-    before, keys = dict(RULES), dict(_KEYS)
-    yield register
-    for known, was in ((RULES, before), (_KEYS, keys)):
-        known.clear()
-        known.update(was)
-
-
-def test_a_graph_keeps_the_rule_that_it_was_made_with(register_as: Any) -> None:
+@pytest.mark.usefixtures("rules")
+def test_a_graph_keeps_the_rule_that_it_was_made_with() -> None:
     def largest_alone(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
         return weights_TK >= weights_TK.amax(dim=1, keepdim=True)
 
     def all_of_them(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
         return weights_TK >= 0
 
-    register_as("mine", Rule(largest_alone, 0.0, math.inf))
+    register("mine", Rule(largest_alone, 0.0, math.inf))
     first = key_of("mine")
-    register_as("mine", Rule(all_of_them, 0.0, math.inf))
+    register("mine", Rule(all_of_them, 0.0, math.inf))
     second = key_of("mine")
     assert (rule_of(first).keep, rule_of(second).keep) == (largest_alone, all_of_them)
     given = arguments("threshold")

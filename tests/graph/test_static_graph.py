@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
+from torch import fx
 from transformers import StaticCache
 
 import modes_fx
 from modes_fx.graph.backend import rewrite
 from modes_fx.graph.in_force import InForce
-from modes_fx.plan import SkipPlan
+from modes_fx.plan import PlanPoint, SkipPlan
 from tests import tiny
+from tests.harness import logits
 from tests.passes.test_static import assert_waits_for_nothing
 
 pytestmark = [
@@ -74,9 +75,18 @@ def test_another_plan_is_written_where_captured_graphs_read_it() -> None:
     assert held.rows[1][1].untyped_storage().data_ptr() == address
 
 
-def test_a_forward_elsewhere_than_on_a_cpu_reads_a_copy() -> None:
-    runtime = modes_fx.optimize(tiny.make("qwen3_moe"), PLAN)._modes_fx.runtime
-    here: Tensor = runtime.in_force.bounds
-    assert runtime.in_force.snapshot() is here
-    elsewhere = replace(runtime.in_force, bounds=here.to("meta"))
-    assert elsewhere.snapshot() is not elsewhere.bounds
+def test_a_forward_elsewhere_than_on_a_cpu_reads_a_copy_of_all_that_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = tiny.make("qwen3_moe"), tiny.text_batch()
+    tables = tuple(((1.0,) * 6,) * 6 for _ in range(2))
+    modes_fx.optimize(model, SkipPlan((PlanPoint(None, 0.5, 0.5),), rule="diep", tables=tables))
+    plan = model._modes_fx.runtime.in_force
+    assert plan.snapshot() is plan
+    elsewhere = replace(plan, bounds=plan.bounds.to("meta")).snapshot()
+    assert elsewhere.tables[0].equal(plan.tables[0])
+    assert elsewhere.tables[0].data_ptr() != plan.tables[0].data_ptr()
+
+    expected = logits(model, inputs)
+    monkeypatch.setattr(InForce, "snapshot", InForce.copied)
+    assert logits(model, inputs).equal(expected)
+    outer = torch.compile(model, backend="eager", fullgraph=True)
+    assert (logits(outer, inputs) - expected).abs().max() <= 1e-5

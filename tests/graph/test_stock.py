@@ -128,7 +128,7 @@ def test_what_layers_share_is_copied_to_their_device_once() -> None:
     graph.output(())
     marking = Marking(fx.GraphModule({}, graph), SkipPlan.uniform(text=0.5, vision=0.5))
     hidden = torch.empty(3, 4, device="meta")
-    marking.publishing(lambda *inputs: ())(torch.tensor([[1, 2, 3]]))
+    marking.around(lambda *inputs: ())(torch.tensor([[1, 2, 3]]))
     classes = [marking.classes(hidden, layer) for layer in "ab"]
     assert classes[0] is classes[1]
     assert classes[0].device.type == "meta"
