@@ -14,9 +14,10 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from modes_fx.errors import ModelError
+from modes_fx.graph.optimized import report_of, trace_sites
 from modes_fx.layers import MoeLayer, find_moe_layers
 from modes_fx.modality import token_ids_for
-from modes_fx.optimize import is_optimized, no_moe_layer, optimized_state, report_of, trace_sites
+from modes_fx.optimize import is_optimized, no_moe_layer, optimized_state
 from modes_fx.report import Report, SiteReport
 
 if TYPE_CHECKING:

@@ -1,12 +1,10 @@
-"""optimize() and what goes with it: mark the experts, watch the forward's modality, compile regions in place."""
+"""optimize() and what goes with it: what a user calls, with its checks."""
 
 from __future__ import annotations
 
 import logging
 import os
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,89 +12,17 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from modes_fx.budget import Budget, budget_of
-from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
-from modes_fx.graph.backend import SkipBackend, inductor_settings
-from modes_fx.graph.checkpoints import forget_forwards, remember_forwards
-from modes_fx.graph.experts import IMPLEMENTATION, Site, attach, dispatch_of, left_in_a_copy
-from modes_fx.graph.experts import Dispatch as ExpertsDispatch
-from modes_fx.graph.probe import probe
+from modes_fx.graph.backend import inductor_settings
+from modes_fx.graph.optimized import Optimized, compile_regions, report_of, trace_sites
 from modes_fx.graph.protection import watch_attention
-from modes_fx.graph.regions import OneLayer, Regions, compiled_block, compiled_module
-from modes_fx.graph.runtime import Runtime
-from modes_fx.graph.watch import GroupWatch, Watch, watch_modality
-from modes_fx.kernels.packed import Packing
+from modes_fx.graph.watch import GroupWatch, watch_modality
 from modes_fx.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks
-from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
-from modes_fx.quantise.support import support_quantised
-from modes_fx.report import Report, SiteReport, SkipStats
+from modes_fx.report import Report, SkipStats
 
 logger = logging.getLogger(__name__)
-
-
-class _Optimized:
-    """All that ``optimize`` did to a model, and how to undo it."""
-
-    def __init__(self, model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> None:
-        self._model = weakref.ref(model)
-        self.region: Region = region
-        self.rule = rule
-        self.layers = layers
-        self.rejections: dict[int, SiteRecord] = {}
-        self.runtime = Runtime(layers, rule, dispatch)
-        self.model_name = type(model).__name__
-        self.watches: list[Watch] = []
-        self.regions = Regions(self.runtime)
-        self.conversions = Conversions()
-        self.packing = Packing()
-        self.experts_before: list[tuple[Any, Any]] = []
-        self.sites_before: list[tuple[nn.Module, Site | None]] = []
-        self.attention_before: list[tuple[Any, str]] = []
-
-    def __reduce__(self) -> Any:
-        return left_in_a_copy, ()  # a copied or pickled model is not optimised: compiled regions do not travel
-
-    @property
-    def rewritten(self) -> list[tuple[int, MoeLayer]]:
-        return [(index, layer) for index, layer in enumerate(self.layers) if index in self.runtime.sites]
-
-    def check(self) -> None:
-        """Look at what was done to the model since, at the beginning of a forward.
-
-        One that is to skip is refused if its experts were told to run otherwise; where nothing is to be skipped, they do.
-        """
-        named = [config._experts_implementation for config, _ in self.experts_before]
-        switched = [name for name in named if name != IMPLEMENTATION]
-        if switched and not self.runtime.in_force.keeps_all:
-            raise ModelError(
-                f"The experts of this {self.model_name} were set to {switched[0]!r} after optimize() and would skip nothing. "
-                "Call modes_fx.optimize() again to skip, or modes_fx.restore() and then set_experts_implementation() to run "
-                "them so."
-            )
-        if not torch.compiler.is_compiling():
-            self.runtime.switched = bool(switched)
-            if (model := self._model()) is not None and model.training:
-                remember_forwards(model)
-
-    def undo(self) -> None:
-        if (model := self._model()) is not None:
-            forget_forwards(model)
-        for watch in reversed(self.watches):
-            watch.remove()
-        self.regions.remove()
-        self.packing.undo()
-        for experts, site in self.sites_before:
-            attach(experts, site)
-        self.conversions.undo()
-        for config, implementation in self.experts_before:
-            if config._experts_implementation == IMPLEMENTATION:
-                config._experts_implementation = implementation
-        for config, attention in self.attention_before:
-            config._attn_implementation = attention
-
-
 _ATTRIBUTE = "_modes_fx"
 
 
@@ -169,7 +95,7 @@ def optimize(
             raise _no_site(state)
         if prepack:
             state.packing.pack([layer.experts for _, layer in state.rewritten if layer.stands_for is None])
-        _compile(state, dynamic, settings)
+        compile_regions(state, dynamic, settings)
         state.watches = watch_modality(model, state.layers, state.runtime, state.check)
         if state.runtime.rule.protects:
             watches, state.attention_before = watch_attention(state.layers, state.runtime)
@@ -232,7 +158,7 @@ def set_plan(
     return model
 
 
-def _put_in_force(state: _Optimized, plan: SkipPlan | None, bounds: Tensor | Budget | None) -> None:
+def _put_in_force(state: Optimized, plan: SkipPlan | None, bounds: Tensor | Budget | None) -> None:
     if isinstance(bounds, Budget) and any(isinstance(watch, GroupWatch) for watch in state.watches):
         raise PlanError(
             f"{state.model_name} has experts of its own for each modality, so that no layer sees all tokens of a forward, by "
@@ -251,40 +177,6 @@ def report(model: nn.Module) -> Report:
     return report_of(optimized_state(model))
 
 
-def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> _Optimized:
-    """Trace every site of a model, for ``optimize`` and ``inspect``; what that changed is changed back by ``undo``."""
-    state = _Optimized(model, layers, region, dispatch, rule)
-    try:
-        state.experts_before = _name_implementation(layers)
-        state.layers, state.rejections = state.conversions.convert(state.layers)
-        state.runtime.layers = tuple(state.layers)
-        state.rejections |= support_quantised(layers)
-        for index, layer in enumerate(state.layers):
-            state.sites_before.append((layer.experts, attach(layer.experts, Site(state.runtime, index, _uncompiled))))
-        state.layers, state.rejections = probe(state.layers, state.runtime, state.rejections)
-        for index in state.rejections:
-            if (block := state.layers[index].stands_for) is not None:
-                state.conversions.undo(block)
-            attach(state.layers[index].experts, None)
-            state.layers[index] = layers[index]
-        state.runtime.layers = tuple(state.layers)
-    except BaseException:
-        state.undo()
-        raise
-    return state
-
-
-def _uncompiled(experts: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    return dispatch_of(experts)(experts, hidden_TH, ids_TK, weights_TK)
-
-
-def report_of(state: _Optimized) -> Report:
-    """Return how each traced site ended."""
-    records = [state.runtime.sites.get(i) or state.rejections[i] for i in range(len(state.layers))]
-    sites = tuple(_site_report(layer, record) for layer, record in zip(state.layers, records, strict=True))
-    return Report(state.model_name, state.region, sites, state.runtime.graphs)
-
-
 def stats(model: nn.Module) -> SkipStats:
     """Return the live skip statistics of an optimised model; see ``SkipStats``.
 
@@ -294,7 +186,7 @@ def stats(model: nn.Module) -> SkipStats:
     return optimized_state(model).runtime.stats
 
 
-def optimized_state(model: nn.Module) -> _Optimized:
+def optimized_state(model: nn.Module) -> Optimized:
     """Return the state of an optimised model, for calibration.
 
     Raises:
@@ -302,7 +194,7 @@ def optimized_state(model: nn.Module) -> _Optimized:
     """
     model = _own(model)
     state = getattr(model, _ATTRIBUTE, None)
-    if not isinstance(state, _Optimized):
+    if not isinstance(state, Optimized):
         raise NotOptimizedError(
             f"This {type(model).__name__} is not optimised. Call modes_fx.optimize(model) first (a copy must be optimised too)."
         )
@@ -311,7 +203,7 @@ def optimized_state(model: nn.Module) -> _Optimized:
 
 def is_optimized(model: nn.Module) -> bool:
     """Return whether ``optimize`` was called on the model and not undone."""
-    return isinstance(getattr(_own(model), _ATTRIBUTE, None), _Optimized)
+    return isinstance(getattr(_own(model), _ATTRIBUTE, None), Optimized)
 
 
 def _forget_compiled_call(model: nn.Module) -> None:
@@ -325,13 +217,6 @@ def _own(model: Any) -> Any:
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
-def _site_report(layer: MoeLayer, record: SiteRecord) -> SiteReport:
-    found = {item.name: getattr(record, item.name) for item in fields(SiteReport) if item.name != "name"}
-    if record.status == "rewritten" and layer.stands_for is not None:
-        found["status"] = "converted"
-    return SiteReport(layer.name, **found)
-
-
 def no_moe_layer(model: nn.Module) -> str:
     """Say why a model has no site that could be looked at."""
     config: Any = getattr(model, "config", None)
@@ -343,7 +228,7 @@ def no_moe_layer(model: nn.Module) -> str:
     return f"{type(model).__name__} has no MoE layer that uses {interface} or is converted to it: {why}."
 
 
-def _no_site(state: _Optimized) -> NoRoutingSiteError:
+def _no_site(state: Optimized) -> NoRoutingSiteError:
     found = report_of(state)
     first = found.sites[0]
     return NoRoutingSiteError(
@@ -390,17 +275,6 @@ def _resolve(
     return plan, budget_of(plan, num_layers, bounds, target) if plan.mode == "budget" else bounds
 
 
-def _name_implementation(layers: Sequence[MoeLayer]) -> list[tuple[Any, Any]]:
-    """Make the experts run what ``modes_fx.experts`` says; return their configs and what each named before."""
-    configs: dict[int, Any] = {
-        id(layer.experts.config): layer.experts.config for layer in layers if layer.form is None and layer.stands_for is None
-    }
-    before = [(config, config._experts_implementation) for config in configs.values()]
-    for config in configs.values():
-        config._experts_implementation = IMPLEMENTATION
-    return before
-
-
 def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
     """Refuse to compile over what accelerate wraps around modules to move their weights; a block is then left as it is."""
     for module in {id(layer.region(region)): layer.region(region) for layer in layers if region != "moe"}.values():
@@ -409,37 +283,3 @@ def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
                 f"accelerate's hooks move weights inside {type(module).__name__}, which cannot be traced as one graph. "
                 'Use region="moe".'
             )
-
-
-def _compile(state: _Optimized, dynamic: bool | None, settings: Mapping[str, Any]) -> None:
-    """Compile the regions, and the experts for calls that pass the regions around them by; on the first call of each."""
-    weakly = weakref.ref(state.runtime)  # dynamo never lets go of a backend, nor that of the model
-
-    def noted(sites: tuple[SiteRecord, ...]) -> None:
-        runtime = weakly()
-        if runtime is None:
-            return
-        runtime.graphs += 1
-        for site in sites:
-            if site.layer >= 0:
-                runtime.sites[site.layer] = site
-
-    backend = SkipBackend(noted, require_site=True, **settings)
-    wider: dict[int, nn.Module] = {}
-    blocks: dict[type, Callable[..., Any]] = {}  # of one class, which differ by their parameters alone: they share their graphs
-    alone: dict[Any, Callable[..., Any]] = {}
-    for index, layer in state.rewritten:
-        dispatch: ExpertsDispatch = dispatch_of(layer.experts)
-        if dispatch not in alone:
-            alone[dispatch] = compiled_block(backend, dispatch, dynamic=dynamic)
-        attach(layer.experts, Site(state.runtime, index, OneLayer(state.runtime, index, alone[dispatch])))
-        if state.region != "moe":
-            module = layer.region(state.region)
-            wider[id(module)] = module
-        elif layer.block is not layer.experts:
-            kind = type(layer.block)
-            if kind not in blocks:
-                blocks[kind] = compiled_block(backend, dynamic=dynamic)
-            state.regions.add_block(index, layer.block, blocks[kind])
-    for module in wider.values():
-        state.regions.add(module, compiled_module(backend, dynamic=dynamic))

@@ -65,3 +65,13 @@ def vlm() -> Iterator[nn.Module]:
     yield model
     if getattr(model, "_modes_fx", None) is not None:
         modes_fx.restore(model)
+
+
+@pytest.fixture(scope="module")
+def optimized_text() -> Iterator[nn.Module]:
+    """One optimised text model for tests that change its plan alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        harness.compile_with(patch, harness.uncompiled)
+        model = modes_fx.optimize(tiny.make("qwen3_moe"))
+    yield model
+    modes_fx.restore(model)

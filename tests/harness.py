@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import importlib
 import operator
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,7 @@ import torch
 import transformers.integrations.moe  # noqa: F401 - registers the float32 GEMM
 from torch import Tensor, fx, nn
 
-from modes_fx.graph import marker
+from modes_fx.graph import marker, optimized
 from modes_fx.graph.backend import SkipBackend, rewrite
 from modes_fx.passes import kept_gemms
 from modes_fx.passes.emit import fake_mode_of, under_fake
@@ -23,6 +22,7 @@ from modes_fx.passes.mark_sites import mark_sites
 from modes_fx.passes.site import RoutingSite, SiteRecord
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import key_of
+from tests import oracle, tiny
 
 GEMMS = (torch.ops.transformers.grouped_mm_fallback, torch._grouped_mm)
 """The float32 form and the bfloat16 form of ``grouped_mm``; ``batched_mm`` has ``torch.bmm``."""
@@ -33,12 +33,9 @@ ATEN = "compact, ATen"
 """The compact dispatch as it is where the kernels cannot be used."""
 
 
-_OPTIMIZE = importlib.import_module("modes_fx.optimize")  # `modes_fx.optimize` is the function of that name
-
-
 def compile_with(monkeypatch: pytest.MonkeyPatch, compile_graph: Callable[..., Any]) -> None:
     """Make ``modes_fx.optimize`` hand the rewritten graphs to ``compile_graph`` instead of Inductor."""
-    monkeypatch.setattr(_OPTIMIZE, "SkipBackend", functools.partial(SkipBackend, compile_graph=compile_graph))
+    monkeypatch.setattr(optimized, "SkipBackend", functools.partial(SkipBackend, compile_graph=compile_graph))
 
 
 @dataclass
@@ -281,6 +278,13 @@ def targets(module: fx.GraphModule) -> list[Any]:
 def plan_of(bounds: Tensor) -> SkipPlan:
     """A plan that gives each layer its own bounds: tau 1 and alpha 1 / bound."""
     return SkipPlan((PlanPoint(None, 1.0, 1.0),), tuple((1 / float(text), 1 / float(vision)) for text, vision in bounds))
+
+
+def judged(model: nn.Module, inputs: dict[str, Tensor], plan: SkipPlan, dtype: torch.dtype = torch.float32) -> oracle.Oracle:
+    """Return an oracle of a plan for a tiny model of two layers, its model ready for calls with gradients too."""
+    judge = oracle.Oracle(model, plan.bounds(2), dtype)
+    judge(tiny.classes(inputs), **inputs, use_cache=False)
+    return judge
 
 
 def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from modes_fx.graph import hook, marker
+from modes_fx.graph import marker
 from modes_fx.graph.running import traced
 
 if TYPE_CHECKING:
@@ -107,8 +106,6 @@ def marked(experts: nn.Module, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     site: Site | None = getattr(experts, _ATTRIBUTE, None)
     if site is None or site.runtime.suspended:
         return weights_TK
-    if torch.compiler.is_compiling():
-        hook.install()
     runtime = site.runtime
     if _one_layer.given is not None:
         layer, (classes, bounds, table) = -1, _one_layer.given

@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch._inductor.config as inductor_config
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
@@ -52,9 +51,8 @@ class SkipMarked(CustomGraphPass):
         return None if None in others else (own, tuple(others))
 
 
-@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # dynamo runs it when it traces, and keeps no trace of it
 def install() -> None:
-    """Set the hook behind whatever is set, if it is not; called in each trace of a marked dispatch, before Inductor looks."""
+    """Set the hook behind whatever is set, if it is not; called whenever a marker is traced, which is before Inductor looks."""
     current = inductor_config.pre_grad_custom_pass
     hooks = list(current) if isinstance(current, (list, tuple)) else [current] if current is not None else []
     if not any(isinstance(hook, SkipMarked) for hook in hooks):

@@ -10,14 +10,17 @@ that ask for one. The other arguments are constants of the graph: the rule's key
 the layer's index, or -1 in a graph that serves many layers.
 
 NOTE [no kernel of its own] It is composed of torch's own operations, into which every exporter, interpreter and autograd take
-it apart. In dynamo's graph it stands whole, where ``passes.skip_experts`` finds it.
+it apart. In dynamo's graph it stands whole, where ``passes.skip_experts`` finds it. A trace runs it on fake tensors: that is
+where Inductor's hook is put in force, for graphs that hold a marker and for no others.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from modes_fx.graph import hook
 from modes_fx.policies import decide, rule_of
 
 _SCHEMA = (
@@ -36,6 +39,8 @@ def _keep(
     dispatch: str,
     layer: int,
 ) -> tuple[Tensor, Tensor]:
+    if isinstance(weights, FakeTensor):
+        hook.install()
     keep_TK, new_TK = decide(rule_of(rule).keep, expert_ids, weights, classes, bounds, table)
     return torch.where(keep_TK, weights if new_TK is None else new_TK, 0.0), keep_TK
 

@@ -27,6 +27,7 @@ class Runtime:
         dispatch: How kept pairs are computed; see ``passes.skip_experts``.
 
     Attributes:
+        layers: The model's MoE layers.
         in_force: The thresholds; a forward reads it once.
         sites: How the routing site of each layer ended, by its index, as far as it was traced.
         graphs: How many graphs its regions have compiled.
@@ -35,7 +36,7 @@ class Runtime:
     """
 
     def __init__(self, layers: Sequence[MoeLayer], rule: str, dispatch: Dispatch) -> None:
-        self.layers = tuple(layers)
+        self.layers = list(layers)
         self.rule, self.rule_key = RULES[rule], key_of(rule)
         self.dispatch: Dispatch = dispatch
         self.stats = SkipStats(tuple(layer.name for layer in layers))
