@@ -165,12 +165,12 @@ class _Run:
         sample = route(self.stack, self._prefill_arguments(_CALIBRATION)(_OTHERS))
         decode = self._decode_arguments()
         static = self._decode_arguments(StaticCache(config=self.stack.config, max_cache_len=self.options.cache + _ROOM))
+        every = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, _DECODE_SKIP, _PREFILL_SKIP))
         for phase, tokens, skip, ids, arguments, context in (
             ("prefill", length, _PREFILL_SKIP, classes, prefill, 0),
             ("decode", 1, _DECODE_SKIP, torch.zeros(1, 1, dtype=torch.int64), decode, self.options.cache),
         ):
-            taus = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, _DECODE_SKIP, _PREFILL_SKIP))
-            most, taus = taus, {0.0: taus[0.0], skip: taus[skip]}
+            taus = {0.0: every[0.0], skip: every[skip]}
             attentions = (None, "eager") if phase == "decode" else (None,)
             contenders = [
                 *twins.stock(LAYER_SETTINGS, tokens), *twins.peer(), *twins.ours(taus), *twins.packed(taus),
@@ -178,7 +178,7 @@ class _Run:
             ]  # fmt: skip
             if phase == "decode":
                 contenders += twins.stock(ONE_GRAPH_SETTINGS, tokens)
-                contenders += [each for how in attentions for each in twins.one_graph(most, how)]
+                contenders += [each for how in attentions for each in twins.one_graph(every, how)]
             limit = self._limit(self.stack, arguments, ids, machine, context)
             work = Work("layers", phase, tokens, ids, arguments, limit, static)  # type: ignore[arg-type]
             self._time(work, contenders, f"{self.options.layers} layers, {phase}")

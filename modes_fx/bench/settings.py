@@ -114,10 +114,9 @@ class Twins:
 
     def one_graph(self, taus: Mapping[float, tuple[float, float] | None], attention: str | None = None) -> list[Contender]:
         """Return modes-fx at each skip ratio, decoding over a static cache in one graph."""
-        setting = Setting(DEFAULT.experts, "graph", attention)
-        name = str(setting).replace(f"{DEFAULT.experts}, ", "modes-fx, ", 1)
-        stock = Setting(DEFAULT.experts, attention=attention)
-        model = self._twin(name, lambda: as_one_graph(optimize(stock_twin(self.model, stock))))
+        name = str(Setting("modes-fx", "graph", attention))
+        setting = Setting(DEFAULT.experts, attention=attention)
+        model = self._twin(name, lambda: as_one_graph(optimize(stock_twin(self.model, setting))))
         return [Contender(name, "ours", model, skip, pair, static=True) for skip, pair in taus.items()]
 
     def packed(self, taus: Mapping[float, tuple[float, float] | None]) -> list[Contender]:
