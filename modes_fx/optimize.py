@@ -71,7 +71,7 @@ def optimize(
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
         ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it; or ``prepack`` has nothing to pack.
-        ModesFxError: An unknown region, dispatch or mode.
+        ModesFxError: An unknown region, dispatch, mode or option.
 
     In every case the model is left as it was, but for one that was optimised before: that may be left restored.
     """
@@ -80,7 +80,7 @@ def optimize(
         raise ModelError(f"optimize() takes a torch.nn.Module, got {type(model).__name__}.")
     _check_choice("region", region, ("moe", "layer", "model"))
     _check_choice("dispatch", dispatch, ("auto", "compact", "static"))
-    settings = {**inductor_settings(mode), **(options or {})}
+    settings = inductor_settings(mode, options or {})
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,16 +48,19 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> C
     return compiled
 
 
-def inductor_settings(mode: str | None) -> dict[str, Any]:
-    """Return what an Inductor mode, such as ``"max-autotune-no-cudagraphs"``, stands for.
+def inductor_settings(mode: str | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an Inductor mode, such as ``"max-autotune-no-cudagraphs"``, stands for, with settings that go before it.
 
     Raises:
-        ModesFxError: There is no such mode.
+        ModesFxError: There is no such mode or setting.
     """
     known = torch._inductor.list_mode_options()
     if mode is not None and mode not in known:
         raise ModesFxError(f"Unknown mode {mode!r}; Inductor's: {', '.join(known)}.")
-    return dict(known[mode]) if mode is not None else {}
+    unknown = sorted(options.keys() - torch._inductor.list_options())
+    if unknown:
+        raise ModesFxError(f"Unknown option {unknown[0]!r}; Inductor's: torch._inductor.list_options().")
+    return {**(known[mode] if mode is not None else {}), **options}
 
 
 class SkipBackend:

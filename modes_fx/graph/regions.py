@@ -25,13 +25,13 @@ from modes_fx.graph.code import own_code
 from modes_fx.graph.experts import of_one_layer
 from modes_fx.graph.running import traced
 from modes_fx.graph.runtime import Runtime
-from modes_fx.layers import has_accelerate_hooks, has_torchao_weights
+from modes_fx.layers import has_accelerate_hooks
 
 logger = logging.getLogger(__name__)
 
 _SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
 _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
-_QUANTISED_LATER = "If its weights were quantised after optimize(): call modes_fx.optimize() again."
+_CHANGED_LATER = "If it was quantised or given adapters after optimize(): call modes_fx.optimize() again."
 _REASON = "modes_fx compiles this module itself"
 _CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
@@ -177,7 +177,7 @@ def compiled_block(
     def call(module: nn.Module, given: Any, *args: Any, **kwargs: Any) -> Any:
         return of_one_layer(function, given, (module, *args), kwargs)
 
-    return _compiled(call, backend, dynamic)
+    return _compiled(call, backend, dynamic, advice=_CHANGED_LATER)
 
 
 def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None) -> Compiled:
@@ -186,10 +186,10 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _own_call(module, *args, **kwargs)
 
-    return _compiled(call, backend, dynamic)
+    return _compiled(call, backend, dynamic, advice=_SMALLER_REGION)
 
 
-def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> Compiled:
+def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None, *, advice: str) -> Compiled:
     """Compile a function of a module as one graph, with a cache of graphs of its own, which goes when the function goes."""
     own = own_code(call)
     compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -205,18 +205,12 @@ def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bo
         except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
             raise ModelError(
                 f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
-                + _advice(module)
+                + (_HOOKS_CAME_LATER if has_accelerate_hooks(module) else advice)
             ) from error
 
     # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
     weakref.finalize(run, remove_from_cache, own.__code__).atexit = False
     return run
-
-
-def _advice(module: nn.Module) -> str:
-    if has_accelerate_hooks(module):
-        return _HOOKS_CAME_LATER
-    return _QUANTISED_LATER if has_torchao_weights(module) else _SMALLER_REGION
 
 
 def _first_line(error: Exception) -> str:

@@ -59,18 +59,17 @@ def modes_fx(
 
     Raises:
         PlanError: The plan is unreadable, lacks the target, or there is a target without a plan.
-        ModesFxError: An unknown dispatch or mode, or options that an optimised model has of its own.
+        ModesFxError: An unknown dispatch, mode or option, or options that an optimised model has of its own.
     """
     rest = dict(options or {})
     mode = rest.pop("mode", mode)
     report = rest.pop("report", None)
     settings = {name: rest.pop(name) for name in _KEPT_BY_THE_MODEL if name in rest}
-    rest = {**inductor_settings(mode), **rest}
+    rest = inductor_settings(mode, rest)
     if is_marked(module.graph):
         if settings:
             raise ModesFxError(
-                f"This model was optimised: its {', '.join(settings)} are what modes_fx.optimize() and set_plan() were given, "
-                "not options of the backend."
+                f"This model was optimised: give {', '.join(settings)} to modes_fx.optimize() or set_plan(), not the backend."
             )
         sites = rewrite(module)
         _say(report, sites, takes_experts=True)

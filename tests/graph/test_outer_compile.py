@@ -177,6 +177,15 @@ def compiled_in_place_before(model: nn.Module) -> Any:
     return modes_fx.optimize(model, PLAN)
 
 
+def compiled_between(model: nn.Module) -> Any:
+    compiled = torch.compile(modes_fx.optimize(model, OTHER), backend="eager", fullgraph=True)
+    logits(compiled, tiny.text_batch())
+    modes_fx.restore(model)
+    logits(compiled, tiny.text_batch())
+    modes_fx.optimize(model, PLAN)
+    return compiled
+
+
 def the_stack_alone(model: nn.Module) -> Any:
     modes_fx.optimize(model, PLAN)
     model.model.compile(backend="eager", fullgraph=True)
@@ -191,7 +200,7 @@ def its_blocks_alone(model: nn.Module) -> Any:
 
 ORDERS: list[Callable[[nn.Module], Any]] = [
     compiled_after, compiled_in_place_after, forward_compiled_after, forward_compiled_before, compiled_before,
-    compiled_and_called_before, compiled_in_place_before, the_stack_alone, its_blocks_alone,
+    compiled_and_called_before, compiled_in_place_before, compiled_between, the_stack_alone, its_blocks_alone,
 ]  # fmt: skip
 
 
@@ -200,6 +209,7 @@ ORDERS: list[Callable[[nn.Module], Any]] = [
 def test_in_whatever_order_the_pairs_that_the_oracle_drops_are_skipped(order: Callable[[nn.Module], Any]) -> None:
     ids = tiny.text_batch()["input_ids"]
     text_model = tiny.make("qwen3_moe")
+    stock = logits(text_model, tiny.text_batch())
     judge = oracle.Oracle(text_model, PLAN.bounds(2))
     expected = judge(torch.zeros_like(ids), input_ids=ids, use_cache=False).logits
     model = order(text_model)
@@ -209,6 +219,7 @@ def test_in_whatever_order_the_pairs_that_the_oracle_drops_are_skipped(order: Ca
     assert stats.pairs_kept.equal(judge.kept)
     assert relative_error(actual, expected, ids >= 0) <= 1e-5
     assert modes_fx.restore(model) is model
+    assert relative_error(logits(model, tiny.text_batch()), stock, ids >= 0) <= 1e-5
     assert type(text_model) is type(tiny.make("qwen3_moe"))
 
 

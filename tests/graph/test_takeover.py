@@ -59,3 +59,14 @@ def test_copies_and_pickles_are_stock() -> None:
         assert type(twin) is nn.Sequential
         assert "_modes_fx_takeover" not in vars(twin)
     assert copy.deepcopy(module)(x).equal(stock)
+
+
+def test_what_was_compiled_before_follows_later_takeovers_and_removals() -> None:
+    module, x = nn.Identity(), torch.ones(1)
+    first = Adds(module, 1)
+    compiled = torch.compile(module, backend="eager", fullgraph=True)  # holds the method of the class that it finds
+    assert compiled(x) == 11
+    first.remove()
+    assert compiled(x) == 1
+    Adds(module, 2)
+    assert compiled(x) == 12
