@@ -106,8 +106,10 @@ class Forward:
             if self._steering is None:
                 self._steering = Steering(self.plan.budget, classes, layer)
             bounds = self._steering.row(layer)
-        elif self.plan.rows and not torch.compiler.is_compiling():
-            bounds = self.plan.rows[phase][layer]  # ready made: outside a graph every operation costs
+        elif self.plan.rows:
+            # Ready made: outside a graph every operation costs, and inside one the layer's index would go into the code of a
+            # kernel, which no other layer could share.
+            bounds = self.plan.rows[phase][layer]
         else:
             bounds = self.plan.bounds[phase, layer]
         table = self.plan.tables[layer] if self.plan.tables else None

@@ -50,7 +50,8 @@ def decoded(family: str) -> tuple[Any, fx.GraphModule, list[fx.Node]]:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_nothing_waits_for_the_host_and_no_input_loses_its_mark(family: str) -> None:
+def test_nothing_waits_for_the_host_and_no_input_loses_its_mark(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(InForce, "snapshot", InForce.copied)  # as elsewhere than on a CPU
     model, module, before = decoded(family)
     assert_waits_for_nothing(module.graph, "example_value")
     assert [node for node in module.graph.nodes if node.op == "placeholder"] == before  # dynamo's own, none added
@@ -61,6 +62,12 @@ def test_nothing_waits_for_the_host_and_no_input_loses_its_mark(family: str) -> 
     assert set(bounds) <= static
     weights = [node for node in before if isinstance(node.meta["example_value"], torch.nn.Parameter)]
     assert len(weights) == len(list(model.parameters()))
+
+
+def test_on_a_cpu_no_kernel_holds_the_index_of_a_layer() -> None:
+    _, module, before = decoded("qwen3_moe")
+    rows = [node for node in before if "in_force" in node.name]
+    assert [node.meta["example_value"].dim() for node in rows] == [1, 1]  # each layer's own: code that layers can share
 
 
 def test_another_plan_is_written_where_captured_graphs_read_it() -> None:
