@@ -24,8 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
 ]
 
-CAPTURABLE = [("grouped_mm", torch.bfloat16), ("batched_mm", torch.float32), ("batched_mm", torch.bfloat16)]
-"""transformers' grouped GEMM in float32 under a compiler reads its offsets on the host, skipped or not."""
+CAPTURABLE = [(stock, dtype) for stock in STOCK for dtype in (torch.float32, torch.bfloat16)]
 
 
 @pytest.fixture
