@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from modes_fx.kernels.cuda import programs
-from modes_fx.kernels.cuda.sizes import PAIR_COLUMNS, PAIR_INNER
+from modes_fx.kernels.cuda.sizes import PAIR_TILE, PAIR_TILE_TURNED
 
 _STEP = 64
 _SUM_COLUMNS = 1024
@@ -71,21 +71,23 @@ def _block_linear(
 
 def _pair_linear(x: Tensor, experts: Tensor, weight: Tensor, top_k: int, gated: str) -> Tensor:
     columns, width = _columns(weight, gated), x.shape[1]
+    tile, step = _pair_tile(weight, width)
     y = x.new_empty(experts.shape[0], columns)
-    wrap_triton(programs.pair_linear)[(experts.shape[0], _parts(columns, PAIR_COLUMNS))](
+    wrap_triton(programs.pair_linear)[(experts.shape[0], _parts(columns, tile))](
         x.contiguous(), weight, y, experts, *weight.stride(), weight.shape[0], columns, width, top_k, gated,
-        PAIR_COLUMNS, _tile(width, PAIR_INNER),
+        tile, step,
     )  # fmt: skip
     return y
 
 
 def _pair_combine(x: Tensor, experts: Tensor, weights: Tensor, weight: Tensor, top_k: int) -> Tensor:
     columns, width = _columns(weight, ""), x.shape[1]
+    tile, step = _pair_tile(weight, width)
     tokens = experts.shape[0] // top_k
     total = x.new_empty(tokens, columns)
-    wrap_triton(programs.pair_combine)[(tokens, _parts(columns, PAIR_COLUMNS))](
+    wrap_triton(programs.pair_combine)[(tokens, _parts(columns, tile))](
         x.contiguous(), weight, total, experts, weights.contiguous(), *weight.stride(), weight.shape[0], columns, width, top_k,
-        PAIR_COLUMNS, _tile(width, PAIR_INNER),
+        tile, step,
     )  # fmt: skip
     return total
 
@@ -103,6 +105,11 @@ def _pair_sum(y: Tensor, experts: Tensor, weights: Tensor | None, top_k: int, nu
 
 def _columns(weight: Tensor, gated: str) -> int:
     return weight.shape[1] // 2 if gated else weight.shape[1]
+
+
+def _pair_tile(weight: Tensor, width: int) -> tuple[int, int]:
+    columns, inner = PAIR_TILE_TURNED if weight.stride(1) == 1 else PAIR_TILE
+    return columns, _tile(width, inner)
 
 
 def _parts(length: int, part: int) -> int:

@@ -34,10 +34,10 @@ _MIDDLE = {**_FEW, 160: Size(64, 128, 64, 8, 3), 0: Size(128, 64, 64, 8, 3)}
 _SMALL = {**_FEW, 160: Size(64, 64, 64, 4, 3), 0: Size(128, 64, 64, 8, 3)}
 _TABLES = {(8, 0): _MIDDLE, (8, 6): _SMALL, (8, 7): _MIDDLE, (8, 9): _SMALL, (9, 0): _LARGE, (12, 0): _SMALL}
 
-PAIR_COLUMNS = 8
-"""Columns of a program of ``pair_linear`` and ``pair_combine``."""
-PAIR_INNER = 512
-"""Most elements of the inner dimension that they take at a time."""
+PAIR_TILE = 8, 512
+"""Columns, and most elements of the inner dimension at a time, of a program of ``pair_linear`` and ``pair_combine``."""
+PAIR_TILE_TURNED = 64, 64
+"""The same for weights that lie along their columns in memory: what one warp reads lies side by side."""
 
 
 def size_of(capability: tuple[int, int], rows_an_expert: float) -> Size:

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modes_fx.kernels.cuda import programs
-from modes_fx.kernels.cuda.sizes import PAIR_COLUMNS, PAIR_INNER, size_of
+from modes_fx.kernels.cuda.sizes import PAIR_TILE, PAIR_TILE_TURNED, size_of
 
 CAPABILITIES = [(8, 0), (8, 6), (9, 0)]
 ROWS_AN_EXPERT = [8, 40, 100, 1000]
@@ -66,15 +66,21 @@ def all_compiled() -> Iterator[dict[str, Any]]:
                     options = {"num_warps": size.warps, "num_stages": size.stages}
                     taken = compiled(programs.block_linear, capability, given, constants, **options)
                     yield {"program": "block_linear", "rows": rows, "gated": gated, **named, **taken}
-            constants = {
-                "stride_d": 1, "E": EXPERTS, "N": INNER, "D": HIDDEN, "TOP_K": TOP_K, "GATED": "silu", "COLUMNS": PAIR_COLUMNS,
-                "INNER": PAIR_INNER,
-            }  # fmt: skip
-            given = {**names, "experts": "*i32", **strides}
-            yield {"program": "pair_linear", **named, **compiled(programs.pair_linear, capability, given, constants)}
-            del constants["GATED"]
-            given["routing"] = kind
-            yield {"program": "pair_combine", **named, **compiled(programs.pair_combine, capability, given, constants)}
+            for (columns, inner), stride in ((PAIR_TILE, "stride_d"), (PAIR_TILE_TURNED, "stride_n")):
+                other = {"stride_e": "i32", "stride_d" if stride == "stride_n" else "stride_n": "i32"}
+                sizes = {stride: 1, "E": EXPERTS, "N": INNER, "D": HIDDEN, "TOP_K": TOP_K, "COLUMNS": columns, "INNER": inner}
+                given = {**names, "experts": "*i32", **other}
+                taken = compiled(programs.pair_linear, capability, given, {**sizes, "GATED": "silu"})
+                yield {"program": "pair_linear", "along": stride, **named, **taken}
+                taken = compiled(programs.pair_combine, capability, {**given, "routing": kind}, sizes)
+                yield {"program": "pair_combine", "along": stride, **named, **taken}
+            constants = {"E": EXPERTS, "N": HIDDEN, "TOP_K": TOP_K, "WEIGHTED": True, "COLUMNS": 1024}
+            given = {"x": kind, "out": kind, "experts": "*i32", "routing": kind}
+            yield {"program": "pair_sum", **named, **compiled(programs.pair_sum, capability, given, constants)}
+        constants = {"E": EXPERTS, "PADDED": EXPERTS, "ROWS": 64, "STEP": 64}
+        given = {"ends": "*i32", "blocks": "*i32", "most": "i32"}
+        taken = compiled(programs.cut_rows, capability, given, constants)
+        yield {"program": "cut_rows", "capability": capability, **taken}
 
 
 if __name__ == "__main__":
