@@ -84,8 +84,8 @@ test-newest:  ## run the tests with the newest release of every dependency, in a
 	$(NEWEST)/bin/python $(PIP) -e '.[dev]'
 	$(NEWEST)/bin/python $(PYTEST) -m "not slow"
 
-test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optimised models (5 minutes)
-	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py \
+test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optimised models (5 minutes; FAMILIES='gpt_oss or mixtral' picks)
+	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py $(if $(FAMILIES),-k '$(FAMILIES)') \
 		-o addopts='-p no:cacheprovider' -o filterwarnings=ignore  # they have markers of their own, and warn
 
 lint: $(SYNC)  ## check style and types
