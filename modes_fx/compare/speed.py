@@ -10,7 +10,6 @@ import copy
 import itertools
 import math
 import statistics
-import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from modes_fx.errors import CalibrationError, in_a_line
 from modes_fx.graph.code import own_code
 from modes_fx.layers import Region, find_moe_layers
 from modes_fx.optimize import is_optimized, stats
-from modes_fx.timing import in_turn
+from modes_fx.timing import in_turn, now
 
 PHASES = ("prefill", "decode")
 NEW_TOKENS = 24
@@ -169,7 +168,7 @@ class Stopwatch:
         limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if stock else {}
         clock, tokens = _Clock(), 1 + NEW_TOKENS
         with torch._dynamo.config.patch(limit):
-            started = _now(self._prompts["input_ids"].device)
+            started = now(self._prompts["input_ids"].device)
             model.generate(
                 **self._prompts, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
                 stopping_criteria=StoppingCriteriaList([clock]),
@@ -207,8 +206,9 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def as_one_graph(model: nn.Module) -> nn.Module:
-    """Return a model whose whole call is compiled as one graph of fixed sizes."""
-    compiled: nn.Module = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+    """Return a model whose whole call is compiled as one graph of fixed sizes; on a GPU as CUDA graphs, as ``generate`` does."""
+    mode = "reduce-overhead" if next(model.parameters()).device.type == "cuda" else None
+    compiled: nn.Module = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
     return compiled
 
 
@@ -229,7 +229,7 @@ class _Clock(StoppingCriteria):
         self.seen: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.seen.append(_now(input_ids.device))
+        self.seen.append(now(input_ids.device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -239,12 +239,6 @@ def _in_turn(
     """Return the seconds of the timed rounds; see ``modes_fx.timing.in_turn``."""
     found = in_turn(runners, ROUNDS, WARM_UP, on_step=on_step)
     return {name: {phase: [seconds[phase] for seconds in column] for phase in PHASES} for name, column in found.items()}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _median(values: Sequence[float]) -> float:

@@ -43,7 +43,7 @@ def ticking(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[nn.Module, int],
             now, step = now + seconds(model, step), step + 1
         return now
 
-    monkeypatch.setattr(speed, "_now", tell)
+    monkeypatch.setattr(speed, "now", tell)
 
 
 def setting_of(model: nn.Module) -> str:

@@ -65,7 +65,7 @@ def test_nothing_waits_for_the_host_and_no_input_loses_its_mark(family: str, mon
 
 
 def test_on_a_cpu_no_kernel_holds_the_index_of_a_layer() -> None:
-    _, module, before = decoded("qwen3_moe")
+    _, _, before = decoded("qwen3_moe")
     rows = [node for node in before if "in_force" in node.name]
     assert [node.meta["example_value"].dim() for node in rows] == [1, 1]  # each layer's own: code that layers can share
 
