@@ -1,8 +1,9 @@
 """What modes-fx adds around the generated code of a decode step.
 
 With every pair kept, two clocks run in each region: one around its compiled call, one around the code that Inductor generated
-for it. On a GPU neither waits: what lies around that code is the host's time. Between them lie dynamo's guards, the look-up of the layer and its thresholds, and AOTAutograd's wrapper. With the
-modality ids that the watch on the stack makes, timed on their own, that is all a step has beside its work.
+for it. Between them lie dynamo's guards, the look-up of the layer and its thresholds, and AOTAutograd's wrapper. With the
+modality ids that the watch on the stack makes, timed on their own, that is all a step has beside its work. They wait for
+no device: on a GPU they tell the host's time, and that of the step alone waits.
 """
 
 from __future__ import annotations
