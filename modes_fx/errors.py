@@ -37,6 +37,10 @@ class ModelError(ModesFxError, ValueError):
     """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
 
 
+class DeviceError(ModesFxError, ValueError):
+    """There is no such device on this machine, or two options name different ones."""
+
+
 def in_a_line(error: Exception) -> str:
     """Return an error's type and the first line of what it says."""
     lines = str(error).strip().splitlines()

@@ -30,6 +30,7 @@ def calibrate(
     method: Annotated[str, typer.Option(help="resumed, naive or estimate.")] = "resumed",
     journal: shared.JournalOption = None,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = None,
     device_map: shared.DeviceMapOption = None,
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
@@ -41,8 +42,11 @@ def calibrate(
 
     source = shared.Source(data, data_format, split, samples, seed, max_bad)
     shared.check_data(model, source)
-    with shared.session() as bars:
-        network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    shared.check_device(device, device_map)
+    with shared.session(device) as bars:
+        network, processor = shared.load_model(
+            model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
+        )
         batches = shared.load_batches(network, processor, source, batch_size)
         importance = resumable_importance(
             network, batches, cast(Mode, mode), cast(Method, method), journal=journal,

@@ -59,6 +59,7 @@ def compare(
     seed: shared.SeedOption = 0,
     batch_size: shared.BatchSizeOption = 8,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = None,
     device_map: shared.DeviceMapOption = None,
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
@@ -79,6 +80,7 @@ def compare(
         raise CalibrationError(f"{', '.join(named)} would be ignored: the demo's built-in data are used. Pass --data too.")
     if len(set(models)) < len(models):
         raise ModelError(f"{', '.join(models)}: a model is given twice. Name each once.")
+    shared.check_device(device, device_map)
     tune_on = None if built_in or data is None else Path(data)
     sources = (
         shared.Source(tune_on, data_format, split, samples or _SAMPLES, seed, max_bad),
@@ -90,10 +92,10 @@ def compare(
     found: dict[str, Comparison] = {}
     closeups: list[Closeup] = []
     hashes: dict[str, str] = {}
-    with shared.session() as bars:
+    with shared.session(device) as bars:
         for name in models:
             network, processor = shared.load_model(
-                name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+                name, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
             )
             tune = shared.load_batches(network, processor, sources[0], batch_size)
             asked = shared.load_samples(sources[1])

@@ -48,6 +48,7 @@ def search(
     seed: shared.SeedOption = 0,
     batch_size: shared.BatchSizeOption = 8,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = None,
     device_map: shared.DeviceMapOption = None,
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
@@ -58,9 +59,12 @@ def search(
 
     source = shared.Source(data, data_format, split, samples, seed, max_bad)
     shared.check_data(model, source)
-    with shared.session() as bars:
+    shared.check_device(device, device_map)
+    with shared.session(device) as bars:
         known = processes.together(lambda: ImportanceFile.load(importance))
-        network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        network, processor = shared.load_model(
+            model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
+        )
         known.check_model(network)
         batches = shared.load_batches(network, processor, source, batch_size)
         fresh = None
