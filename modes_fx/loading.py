@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from modes_fx.errors import ModelError
 
@@ -95,7 +94,7 @@ def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool)
         settings["trust_remote_code"] = True
     try:
         model, found = kind.from_pretrained(name, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except Exception as error:  # a damaged file or a model's own code may raise anything
         raise ModelError(f"Cannot load the {config.model_type} model {name}: {error}") from error
     if found["missing_keys"]:  # transformers would go on with random numbers, whose score means nothing
         missing = sorted(found["missing_keys"])
@@ -111,7 +110,7 @@ def _load_processor(name: str, trust_remote_code: bool, sees_images: bool, setti
 
     try:
         processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except Exception as error:  # see above
         hint = ""
         if importlib.util.find_spec("torchvision") is None:
             hint = f" torchvision is not installed: many processors need the release that fits torch {torch.__version__}."

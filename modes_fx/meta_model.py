@@ -31,10 +31,12 @@ def read_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     where = _locate(source)
     try:
         content, _ = PretrainedConfig.get_config_dict(where)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a file that is no object, or a deep one, is none of what transformers looks for
         hint = "" if os.path.exists(where) else _HUB_HINT
         raise ModelError(f"Cannot read the config of {where}: {_one_line(error)}{hint}") from error
     kind = content.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise ModelError(f"The config of {where} is not valid: its model_type is {kind!r}, expected text.")
     if "auto_map" in content and kind not in CONFIG_MAPPING and not trust_remote_code:
         raise ModelError(
             f"{where} has model_type {kind!r}, which transformers {transformers.__version__} does not know, and brings Python "
