@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 VERSION = 2  # 1 had no digest
 ADVICE = "Make one with `modes-fx calibrate MODEL --data DATA --out FILE`."
 
+Mode = Literal["reference", "paper"]
+Method = Literal["resumed", "naive", "estimate"]
 Rows = tuple[tuple[float, float], ...]
 
 
@@ -26,9 +28,9 @@ class ImportanceNumbers(msgspec.Struct, forbid_unknown_fields=True):
 
     alpha: Rows
     kl: Rows
-    mode: Literal["reference", "paper"]
+    mode: Mode
     answer_tokens: int
-    method: Literal["resumed", "naive", "estimate"]
+    method: Method
     forwards: float
     seconds: float
 
@@ -45,8 +47,12 @@ class ImportanceFields(msgspec.Struct, forbid_unknown_fields=True):
     digest: str = ""
 
 
-def read(path: str | os.PathLike[str]) -> ImportanceFields:
-    """Read an importance file.
+def read(path: str | os.PathLike[str], *, quiet: bool = False) -> ImportanceFields:
+    """Read an importance file; warn of one that was written before importances had a digest.
+
+    Args:
+        path: The file.
+        quiet: Whether not to warn.
 
     Raises:
         CalibrationError: It is missing, truncated, damaged, changed or something else.
@@ -71,6 +77,6 @@ def read(path: str | os.PathLike[str]) -> ImportanceFields:
         fields = msgspec.convert(content, ImportanceFields)
     except ValueError as error:
         raise CalibrationError(f"{path} is not a whole importance ({error}). {ADVICE}") from error
-    if not has_digest:
+    if not has_digest and not quiet:
         logger.warning("%s has no digest that would tell damage; `modes-fx calibrate` writes one", path)
     return fields

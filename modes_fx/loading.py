@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from modes_fx.errors import ModelError
-
-DEMO = "demo"
+from modes_fx.locating import DEMO
 
 
 def check_torchvision() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from modes_fx.errors import ModelError
+from modes_fx.locating import locate
 
 # In this order: a vision-language model is often listed among the language models too, for its language part alone.
 _AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -28,7 +28,7 @@ def read_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     Raises:
         ModelError: There is no such model, its config cannot be read, or the installed transformers does not know its kind.
     """
-    where = _locate(source)
+    where = locate(source)
     try:
         content, _ = PretrainedConfig.get_config_dict(where)
     except Exception as error:  # a file that is no object, or a deep one, is none of what transformers looks for
@@ -59,18 +59,6 @@ _HUB_HINT = (
     " It is neither a file nor a folder here, so it was looked up on the Hugging Face hub. Without network, download the "
     "model's config.json and pass its path; for a gated model, run `hf auth login` first."
 )
-
-
-def _locate(source: str | os.PathLike[str]) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json. Pass a folder written by save_pretrained, or a config.json.")
-    if path.exists():
-        return str(path)
-    name = os.fspath(source)
-    if isinstance(source, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(".json"):
-        raise ModelError(f"There is no file or folder {path}. Pass a model folder, a config.json, or the id of a hub model.")
-    return name
 
 
 def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:

@@ -72,12 +72,13 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
     return write_atomically(path, strict_json.dumps(whole))
 
 
-def read(path: str | os.PathLike[str], *, check_digest: bool = True) -> PlanFields:
+def read(path: str | os.PathLike[str], *, check_digest: bool = True, quiet: bool = False) -> PlanFields:
     """Read a plan file; warn of one that was written before plans had a digest.
 
     Args:
         path: The file.
         check_digest: Whether one that was changed since it was written is refused.
+        quiet: Whether not to warn.
 
     Raises:
         PlanError: The file is missing, truncated, damaged, changed, not a plan, or of a newer schema.
@@ -98,7 +99,7 @@ def read(path: str | os.PathLike[str], *, check_digest: bool = True) -> PlanFiel
         fields = _fields({**_NEW_IN_2, **content} if version == 1 else content)
     except ValueError as error:
         raise PlanError(f"{path} is not a whole skip plan ({error}). Make it again.") from error
-    if check_digest and not has_digest:
+    if check_digest and not has_digest and not quiet:
         logger.warning("%s has no digest that would tell damage; `modes-fx plan sign %s` adds it", path, path)
     return fields
 

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from modes_fx.calib import processes
-from modes_fx.calib.importance import Importance, Method, Mode, OnStep, layer_importance
+from modes_fx.calib.importance import Importance, OnStep, layer_importance
 from modes_fx.calib.journal import Journal, opened
 from modes_fx.calib.objective import Batch, checked, optimized
 from modes_fx.calib.trials import data_hash, what_determines
 from modes_fx.errors import CalibrationError
+from modes_fx.importance_fields import Method, Mode
 
 _PARTS = 20
 

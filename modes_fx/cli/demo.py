@@ -12,6 +12,7 @@ from rich.table import Table
 
 from modes_fx.cli.shared import output_folder, say_without_figures
 from modes_fx.cli.terminal import Bars, be_quiet, console
+from modes_fx.locating import locate
 
 
 def demo(
@@ -22,6 +23,9 @@ def demo(
     quick: Annotated[bool, typer.Option(help="Little data and few timed rounds: a check that everything runs.")] = False,
 ) -> None:
     """Calibrate, search, skip, evaluate and time on the embedded model: the whole job, in minutes."""
+    if checkpoint is not None:
+        locate(checkpoint)
+
     from modes_fx.demo import load
     from modes_fx.demo.run import Size, run_demo
 

@@ -22,7 +22,7 @@ def check(file: FileArgument) -> None:
     """Say whether a plan file is whole and as it was written, and what it holds."""
     from modes_fx import plan_fields
 
-    plan_fields.read(file)
+    plan_fields.read(file, quiet=True)
     _print(_load(file), "whole")
 
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 import typer.core
 
 from modes_fx.cli.terminal import Bars, be_quiet, console
-from modes_fx.errors import CalibrationError
-from modes_fx.loading import DEMO
+from modes_fx.errors import CalibrationError, PlanError
+from modes_fx.locating import DEMO, locate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -145,12 +145,58 @@ class Source:
         return Samples(chosen, LoadReport(DEMO, "built in", len(drawn), len(chosen), {}, ()))
 
 
-def check_data(model: str, source: Source) -> None:
-    """See that a model has data, and that no option for them is ignored.
+def check_model(name: str) -> None:
+    """See that a model's folder or file is there, unless it is a hub model.
 
     Raises:
-        CalibrationError: It has not, or one would be.
+        ModelError: It is not, or its config cannot be read.
     """
+    if name != DEMO:
+        locate(name)
+
+
+def check_readable(file: Path) -> None:
+    """See that a file can be read.
+
+    Raises:
+        PlanError: It cannot.
+    """
+    try:
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise PlanError(f"Cannot read {file}: {error.strerror}.") from error
+
+
+def check_choice(option: str, value: str, kind: Any) -> None:
+    """Refuse a value of an option that is none of a ``Literal``'s.
+
+    Raises:
+        CalibrationError: It is not.
+    """
+    if value not in get_args(kind):
+        raise CalibrationError(f"Unknown {option} {value!r}; known: {', '.join(get_args(kind))}.")
+
+
+def check_data(source: Source) -> None:
+    """See that the data are there.
+
+    Raises:
+        CalibrationError: They are not.
+    """
+    if source.path is not None and not source.path.exists():
+        raise CalibrationError(f"There is no calibration data at {source.path}. Pass a file or folder.")
+
+
+def check_inputs(model: str, source: Source) -> None:
+    """See that a model is there, that it has data, and that no option for them is ignored.
+
+    Raises:
+        CalibrationError: It has no data, they are not there, or an option would be ignored.
+        ModelError: There is no such model.
+    """
+    check_model(model)
+    check_data(source)
     if source.path is not None:
         return
     if model != DEMO:

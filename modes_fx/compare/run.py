@@ -13,7 +13,7 @@ from torch import nn
 
 from modes_fx import strict_json
 from modes_fx.calib import processes
-from modes_fx.calib.importance import Importance, Mode
+from modes_fx.calib.importance import Importance
 from modes_fx.calib.importance_journal import resumable_importance
 from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Answers, Batch, Evaluation, checked
@@ -27,6 +27,7 @@ from modes_fx.compare.speed import Speed, Stopwatch
 from modes_fx.compare.statistics import RoutingStatistics, routing_statistics
 from modes_fx.compare.tuning import Tuned, Tuner
 from modes_fx.errors import CalibrationError, UnreachableError
+from modes_fx.importance_fields import Mode
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.timing import cpu_name
