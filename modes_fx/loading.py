@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from modes_fx.errors import ModelError
 from modes_fx.locating import DEMO
+from modes_fx.waiting import look_up
 
 
 def check_torchvision() -> None:
@@ -92,7 +93,9 @@ def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool)
     if trust_remote_code:
         settings["trust_remote_code"] = True
     try:
-        model, found = kind.from_pretrained(name, output_loading_info=True, **settings)
+        model, found = _maybe_looked_up(
+            name, "the weights", lambda: kind.from_pretrained(name, output_loading_info=True, **settings)
+        )
     except Exception as error:  # a damaged file or a model's own code may raise anything
         raise ModelError(f"Cannot load the {config.model_type} model {name}: {error}") from error
     if found["missing_keys"]:  # transformers would go on with random numbers, whose score means nothing
@@ -108,7 +111,11 @@ def _load_processor(name: str, trust_remote_code: bool, sees_images: bool, setti
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
+        processor = _maybe_looked_up(
+            name,
+            "the processor",
+            lambda: AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **settings),
+        )
     except Exception as error:  # see above
         hint = ""
         if importlib.util.find_spec("torchvision") is None:
@@ -117,3 +124,8 @@ def _load_processor(name: str, trust_remote_code: bool, sees_images: bool, setti
     if sees_images and isinstance(processor, PreTrainedTokenizerBase):
         raise ModelError(f"{name} has a tokenizer and no processor: it is not a vision-language model.")
     return processor
+
+
+def _maybe_looked_up(name: str, what: str, read: Callable[[], Any]) -> Any:
+    """Return what is here, or is downloaded from the hub, however large."""
+    return read() if Path(name).exists() else look_up(f"{what} of {name}", read, ends=False)

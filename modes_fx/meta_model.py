@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -13,6 +14,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from modes_fx.errors import ModelError
 from modes_fx.locating import locate
+from modes_fx.waiting import look_up
+
+T = TypeVar("T")
 
 # In this order: a vision-language model is often listed among the language models too, for its language part alone.
 _AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -30,7 +34,9 @@ def read_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     """
     where = locate(source)
     try:
-        content, _ = PretrainedConfig.get_config_dict(where)
+        content, _ = _maybe_looked_up(where, lambda: PretrainedConfig.get_config_dict(where))
+    except ModelError:
+        raise
     except Exception as error:  # a file that is no object, or a deep one, is none of what transformers looks for
         hint = "" if os.path.exists(where) else _HUB_HINT
         raise ModelError(f"Cannot read the config of {where}: {_one_line(error)}{hint}") from error
@@ -49,15 +55,25 @@ def read_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
             "and needs trust_remote_code=True (--trust-remote-code)."
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = _maybe_looked_up(
+            where, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        )
+    except ModelError:
+        raise
     except Exception as error:  # a config's own code, remote code too, may raise anything
         raise ModelError(f"The config of {where} (model_type {kind!r}) is not valid: {_one_line(error)}") from error
     return config
 
 
+def _maybe_looked_up(where: str, read: Callable[[], T]) -> T:
+    """Return a config that is here, or one that is looked up on the hub."""
+    return read() if os.path.exists(where) else look_up(f"the config of {where}", read)
+
+
 _HUB_HINT = (
     " It is neither a file nor a folder here, so it was looked up on the Hugging Face hub. Without network, download the "
-    "model's config.json and pass its path; for a gated model, run `hf auth login` first."
+    "model's config.json and pass its path, or set HF_HUB_OFFLINE=1 to use what was downloaded before; for a gated model, run "
+    "`hf auth login` first."
 )
 
 

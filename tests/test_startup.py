@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import typer.main
@@ -44,6 +44,19 @@ def commands(command: Any = None, path: tuple[str, ...] = ()) -> list[tuple[str,
     command = command or typer.main.get_command(cli.app)
     below = [each for name, part in getattr(command, "commands", {}).items() for each in commands(part, (*path, name))]
     return [path, *below]
+
+
+def outputs() -> set[tuple[str, str]]:
+    """Return each option of a command that names a file or a folder, but not either."""
+    found = set()
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        for name, hint in get_type_hints(command.callback, include_extras=True).items():
+            option = next(iter(getattr(hint, "__metadata__", ())), None)
+            if option is not None and not (option.file_okay and option.dir_okay):
+                spelled = option.default if isinstance(option.default, str) else f"--{name}"  # where typer keeps a first name
+                found.add((command.name or command.callback.__name__, spelled))
+    return found
 
 
 def outcomes(cases: list[tuple[str, ...]]) -> list[tuple[list[str], int, set[str]]]:
@@ -90,6 +103,26 @@ def test_what_cannot_be_read_is_told_before_anything_heavy_is_imported(tmp_path:
     ]
     for arguments, code, modules in outcomes(cases):
         assert code == 1, arguments
+        assert not modules & HEAVY, arguments
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_heavy_is_imported() -> None:
+    demo = str(CHECKPOINT)
+    cases: list[tuple[str, ...]] = [
+        ("demo", "--out", "/proc/demo"),
+        ("calibrate", demo, "--data", demo, "--out", "/proc/x.json"),
+        ("calibrate", demo, "--data", demo, "--journal", "/proc/x.jsonl"),
+        ("search", demo, "--data", demo, "--out", "/proc/x.json"),
+        ("search", demo, "--data", demo, "--journal", "/proc/x.jsonl"),
+        ("compare", demo, "--data", demo, "--test-data", demo, "--out", "/proc/out"),
+        ("compare", demo, "--data", demo, "--test-data", demo, "--journal", "/proc/x.jsonl"),
+        ("bench", "--json", "/proc/x.json"),
+        ("bench", "--plot", "/proc/x.svg"),
+        ("import-reference", demo, "--importance", demo, "--tau", demo, "--out", "/proc/x.json"),
+    ]
+    assert outputs() == {(case[0], case[-2]) for case in cases}
+    for arguments, code, modules in outcomes(cases):
+        assert code == 2, arguments
         assert not modules & HEAVY, arguments
 
 

@@ -78,10 +78,10 @@ def compare(
         shared.Source(test_data, data_format, test_split, test_samples or _SAMPLES, seed, max_bad, "test"),
     )
     shared.check_choice("mode", importance_mode, Mode)
-    for name in models:
-        shared.check_model(name)
     for source in sources:
         shared.check_data(source)
+    for name in models:
+        shared.check_model(name)
 
     from modes_fx.calib.trials import data_hash, versions
     from modes_fx.compare import CONTENDERS

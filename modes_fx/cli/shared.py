@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 import typer.core
 
-from modes_fx.cli.terminal import Bars, be_quiet, console
-from modes_fx.errors import CalibrationError, PlanError
+from modes_fx.cli.terminal import Bars, be_quiet, console, errors
+from modes_fx.errors import CalibrationError, ModesFxError, PlanError
+from modes_fx.files import check_writable
 from modes_fx.locating import DEMO, locate
 
 if TYPE_CHECKING:
@@ -45,23 +46,32 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Pyth
 _DEMO_IMAGES = {"calibration": 12, "test": 64}  # as `modes-fx demo` takes, with 8 questions each
 
 
-def _writable(path: Path | None) -> Path | None:
-    """Refuse an output that could not be written once hours of work are done; typer looks at those that exist alone."""
-    if path is not None:
-        folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-        if folder != path.absolute() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise typer.BadParameter(f"{path} cannot be written: {folder} is no folder that can. Name another place.")
+def _file(path: Path | None) -> Path | None:
+    return _written_to(path, folder=False)
+
+
+def _folder(path: Path | None) -> Path | None:
+    return _written_to(path, folder=True)
+
+
+def _written_to(path: Path | None, *, folder: bool) -> Path | None:
+    """Refuse an output that could not be written once hours of work are done."""
+    try:
+        if path is not None:
+            check_writable(path, folder=folder)
+    except ModesFxError as error:
+        raise typer.BadParameter(str(error)) from error
     return path
 
 
 def output_file(help: str, *names: str) -> Any:
     """Return an option that names a file to write."""
-    return typer.Option(*names, dir_okay=False, writable=True, callback=_writable, help=help)
+    return typer.Option(*names, dir_okay=False, callback=_file, help=help)
 
 
 def output_folder(help: str) -> Any:
     """Return an option that names a folder to write to."""
-    return typer.Option(file_okay=False, writable=True, callback=_writable, help=help)
+    return typer.Option(file_okay=False, callback=_folder, help=help)
 
 
 JournalOption = Annotated[Path | None, output_file("File to keep each measurement in; a run that was cut off goes on from it.")]
@@ -146,13 +156,19 @@ class Source:
 
 
 def check_model(name: str) -> None:
-    """See that a model's folder or file is there, unless it is a hub model.
+    """See that a model's folder or file is there; go offline where a hub model's hub is not.
 
     Raises:
-        ModelError: It is not, or its config cannot be read.
+        ModelError: There is no such folder or file, or its config cannot be read.
     """
-    if name != DEMO:
-        locate(name)
+    if name == DEMO or Path(locate(name)).exists() or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    from modes_fx.waiting import hub_answers
+
+    errors.print(f"{name} is no folder here: it is looked up on the Hugging Face hub.", highlight=False, markup=False)
+    if not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # its library, not imported yet, would try for half a minute
+        errors.print("The hub cannot be reached: only what was downloaded before is used, as with HF_HUB_OFFLINE=1.")
 
 
 def check_readable(file: Path) -> None:
@@ -195,8 +211,12 @@ def check_inputs(model: str, source: Source) -> None:
         CalibrationError: It has no data, they are not there, or an option would be ignored.
         ModelError: There is no such model.
     """
-    check_model(model)
     check_data(source)
+    _check_options(model, source)
+    check_model(model)
+
+
+def _check_options(model: str, source: Source) -> None:
     if source.path is not None:
         return
     if model != DEMO:
