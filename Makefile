@@ -14,7 +14,7 @@ LMMS   := lmms-eval==0.7.3
 THEIRS := .upstream
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras test-newest test-upstream lint bench bench-full coverage lock clean
+.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz lint bench bench-full coverage lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -87,6 +87,9 @@ test-newest:  ## run the tests with the newest release of every dependency, in a
 test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optimised models (5 minutes; FAMILIES='gpt_oss or mixtral' picks)
 	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py $(if $(FAMILIES),-k '$(FAMILIES)') \
 		-o addopts='-p no:cacheprovider' -o filterwarnings=ignore  # they have markers of their own, and warn
+
+fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused, or read as what it was (8 minutes)
+	$(BIN)/python -m tests.fuzz
 
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from modes_fx import json_schema
 from modes_fx.errors import ModelError
 from modes_fx.graph.optimized import report_of, trace_sites
 from modes_fx.layers import MoeLayer, find_moe_layers
@@ -22,8 +23,6 @@ from modes_fx.report import Report, SiteReport
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-JSON_SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Inspection(Report):
         from modes_fx.calib.trials import versions  # calibration is not needed to look at a model
 
         return {
-            "schema": JSON_SCHEMA,
+            "schema": json_schema.INSPECTION,
             "model": self.model,
             "family": self.family,
             "dtype": self.dtype,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from modes_fx.errors import ModelError
-
-DEMO = "demo"
+from modes_fx.locating import DEMO
+from modes_fx.waiting import look_up
 
 
 def check_torchvision() -> None:
@@ -94,8 +93,10 @@ def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool)
     if trust_remote_code:
         settings["trust_remote_code"] = True
     try:
-        model, found = kind.from_pretrained(name, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        model, found = _maybe_looked_up(
+            name, "the weights", lambda: kind.from_pretrained(name, output_loading_info=True, **settings)
+        )
+    except Exception as error:  # a damaged file or a model's own code may raise anything
         raise ModelError(f"Cannot load the {config.model_type} model {name}: {error}") from error
     if found["missing_keys"]:  # transformers would go on with random numbers, whose score means nothing
         missing = sorted(found["missing_keys"])
@@ -110,8 +111,12 @@ def _load_processor(name: str, trust_remote_code: bool, sees_images: bool, setti
     from transformers import AutoProcessor, PreTrainedTokenizerBase
 
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        processor = _maybe_looked_up(
+            name,
+            "the processor",
+            lambda: AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **settings),
+        )
+    except Exception as error:  # see above
         hint = ""
         if importlib.util.find_spec("torchvision") is None:
             hint = f" torchvision is not installed: many processors need the release that fits torch {torch.__version__}."
@@ -119,3 +124,8 @@ def _load_processor(name: str, trust_remote_code: bool, sees_images: bool, setti
     if sees_images and isinstance(processor, PreTrainedTokenizerBase):
         raise ModelError(f"{name} has a tokenizer and no processor: it is not a vision-language model.")
     return processor
+
+
+def _maybe_looked_up(name: str, what: str, read: Callable[[], Any]) -> Any:
+    """Return what is here, or is downloaded from the hub, however large."""
+    return read() if Path(name).exists() else look_up(f"{what} of {name}", read, ends=False)

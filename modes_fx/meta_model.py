@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -13,6 +13,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from modes_fx.errors import ModelError
+from modes_fx.locating import locate
+from modes_fx.waiting import look_up
+
+T = TypeVar("T")
 
 # In this order: a vision-language model is often listed among the language models too, for its language part alone.
 _AUTO_CLASSES = ("AutoModelForMultimodalLM", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
@@ -28,13 +32,17 @@ def read_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
     Raises:
         ModelError: There is no such model, its config cannot be read, or the installed transformers does not know its kind.
     """
-    where = _locate(source)
+    where = locate(source)
     try:
-        content, _ = PretrainedConfig.get_config_dict(where)
-    except (OSError, ValueError) as error:
+        content, _ = _maybe_looked_up(where, lambda: PretrainedConfig.get_config_dict(where))
+    except ModelError:
+        raise
+    except Exception as error:  # a file that is no object, or a deep one, is none of what transformers looks for
         hint = "" if os.path.exists(where) else _HUB_HINT
         raise ModelError(f"Cannot read the config of {where}: {_one_line(error)}{hint}") from error
     kind = content.get("model_type")
+    if kind is not None and not isinstance(kind, str):
+        raise ModelError(f"The config of {where} is not valid: its model_type is {kind!r}, expected text.")
     if "auto_map" in content and kind not in CONFIG_MAPPING and not trust_remote_code:
         raise ModelError(
             f"{where} has model_type {kind!r}, which transformers {transformers.__version__} does not know, and brings Python "
@@ -47,28 +55,26 @@ def read_config(source: str | os.PathLike[str], *, trust_remote_code: bool = Fal
             "and needs trust_remote_code=True (--trust-remote-code)."
         )
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = _maybe_looked_up(
+            where, lambda: AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code)
+        )
+    except ModelError:
+        raise
     except Exception as error:  # a config's own code, remote code too, may raise anything
         raise ModelError(f"The config of {where} (model_type {kind!r}) is not valid: {_one_line(error)}") from error
     return config
 
 
+def _maybe_looked_up(where: str, read: Callable[[], T]) -> T:
+    """Return a config that is here, or one that is looked up on the hub."""
+    return read() if os.path.exists(where) else look_up(f"the config of {where}", read)
+
+
 _HUB_HINT = (
     " It is neither a file nor a folder here, so it was looked up on the Hugging Face hub. Without network, download the "
-    "model's config.json and pass its path; for a gated model, run `hf auth login` first."
+    "model's config.json and pass its path, or set HF_HUB_OFFLINE=1 to use what was downloaded before; for a gated model, run "
+    "`hf auth login` first."
 )
-
-
-def _locate(source: str | os.PathLike[str]) -> str:
-    path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"{path} has no config.json. Pass a folder written by save_pretrained, or a config.json.")
-    if path.exists():
-        return str(path)
-    name = os.fspath(source)
-    if isinstance(source, Path) or name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(".json"):
-        raise ModelError(f"There is no file or folder {path}. Pass a model folder, a config.json, or the id of a hub model.")
-    return name
 
 
 def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) -> nn.Module:

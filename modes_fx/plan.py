@@ -7,23 +7,21 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import msgspec
 import torch
 from torch import Tensor
 
-from modes_fx import strict_json
+from modes_fx import plan_fields, strict_json
 from modes_fx.errors import PlanError
-from modes_fx.files import write_atomically
 from modes_fx.modality import vision_token_ids
 from modes_fx.policies import RULES
 
-SCHEMA_VERSION = 2
 Mode = Literal["fixed", "budget"]
-_NUMBERS = ("points", "frontier", "alpha", "weights", "tables")
 
 # What a config says of a run or a file rather than of the architecture: two dtypes of one model share their plans.
 _VOLATILE_KEYS = {
@@ -217,45 +215,40 @@ class SkipPlan:
         return replace(self, provenance={**self.provenance, **said})
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the plan as JSON; an interrupted write leaves an older file as it was."""
-        return write_atomically(path, strict_json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SkipPlan:
-        """Read a plan file.
+        """Write the plan as JSON, with a digest of its content; an interrupted write leaves an older file as it was.
 
         Raises:
-            PlanError: The file is missing, truncated, not a plan, or of a newer schema.
+            ModesFxError: The file cannot be written, or the plan holds what JSON does not have.
         """
-        path = Path(path)
+        return plan_fields.write(path, asdict(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, check_digest: bool = True) -> SkipPlan:
+        """Read a plan file; warn of one that was written before plans had a digest.
+
+        Args:
+            path: The file.
+            check_digest: Whether a file that was damaged or changed by hand is refused; ``modes-fx plan sign`` signs a change.
+
+        Raises:
+            PlanError: The file is missing, truncated, damaged, changed, not a plan, or of a newer schema.
+        """
+        read = plan_fields.read(path, check_digest=check_digest)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Make one with modes_fx.calib.search().") from error
-        except ValueError as error:
-            raise PlanError(f"{path} is not a whole JSON file ({error}). Make the plan again.") from error
-        version = content.get("schema_version") if isinstance(content, dict) else None
-        if not isinstance(version, int):
-            raise PlanError(f"{path} is not a skip plan: it has no schema_version.")
-        if version > SCHEMA_VERSION:
-            raise PlanError(
-                f"{path} has schema version {version}, this modes-fx reads up to {SCHEMA_VERSION}. Upgrade modes-fx."
+            return cls(
+                points=_points(read.points),
+                alpha=read.alpha or None,
+                layers=read.layers,
+                model=read.model,
+                provenance=read.provenance,
+                rule=read.rule,
+                frontier=_points(read.frontier),
+                mode=read.mode,
+                weights=read.weights,
+                tables=strict_json.tuples(read.tables),
             )
-        try:
-            if version == 1:
-                content |= {"frontier": [], "mode": "fixed", "weights": [], "tables": None}
-            content |= {name: strict_json.numbers(content[name]) for name in _NUMBERS}
-            points, frontier = _points(content["points"]), _points(content["frontier"])
-            alpha = content["alpha"] and tuple(tuple(float(value) for value in row) for row in content["alpha"])
-            weights = tuple(tuple(tuple(map(float, values)) for values in row) for row in content["weights"])
-            tables = content["tables"] and strict_json.tuples(content["tables"])
-            read: dict[str, Any] = {"points": points, "frontier": frontier, "alpha": alpha or None}
-            read |= {"layers": tuple(content["layers"]), "weights": weights, "tables": tables}
-            return cls(**read, **{item.name: content[item.name] for item in fields(cls) if item.name not in read})
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{path} is not a whole skip plan ({type(error).__name__}: {error}). Make it again.") from error
 
     def check_model(self, config: Any) -> None:
         """Refuse a model that the plan was not made for.
@@ -304,8 +297,8 @@ def _bound(tau: float, alpha: float, gamma: float) -> float:
     return tau / scale if scale > 0 else math.inf
 
 
-def _points(content: Sequence[Mapping[str, Any]]) -> tuple[PlanPoint, ...]:
-    return tuple(PlanPoint(**point) for point in content)
+def _points(fields: Sequence[plan_fields.PointFields]) -> tuple[PlanPoint, ...]:
+    return tuple(PlanPoint(**msgspec.structs.asdict(point)) for point in fields)
 
 
 def _ratio(point: PlanPoint) -> float:

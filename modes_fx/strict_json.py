@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
+Number = float | Literal["inf", "-inf", "nan"]
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -18,11 +19,13 @@ def dumps(content: Any) -> str:
 def plain(value: Any) -> Any:
     """Return content of mappings, lists and values as standard JSON has it, numbers that it lacks as those strings."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(plain(key)): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return next(word for word, number in _WORDS.items() if number == value or (number != number and value != value))
+    if isinstance(value, str):  # half a surrogate pair, as an argument of undecodable bytes has, is in no JSON either
+        return value.encode("utf-8", "backslashreplace").decode()
     return value
 
 

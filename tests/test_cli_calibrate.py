@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from modes_fx import signed_json
 from modes_fx.calib.importance_file import ImportanceFile
 from modes_fx.cli.search import seconds
 from modes_fx.demo import CHECKPOINT, make_samples
@@ -153,8 +154,11 @@ def test_an_importance_of_another_model_is_refused_with_both_named(folder: Path)
     [
         (None, "Cannot read the importance"),
         ("{", "not a whole JSON file"),
-        ('{"schema_version": 1}', "not an importance of version 1"),
+        ("[" * 10**5, "not a whole JSON file"),
+        ('{"schema_version": 1}', "not an importance of version 2"),
+        ('{"importance_version": true}', "not an importance of version 2"),
         ('{"importance_version": 1}', "not a whole importance"),
+        ('{"importance_version": 2, "digest": "0"}', "digest does not fit"),
         ('{"importance_version": 1, "importance": {"alpha": 3}}', "not a whole importance"),
     ],
 )
@@ -221,9 +225,24 @@ def test_the_demo_brings_its_own_data_and_no_other_model_does(tmp_path: Path) ->
             run("calibrate", "demo", *small, option, "gqa")
 
 
+def test_an_importance_that_was_damaged_is_refused_and_an_old_one_warned_of(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, content = tmp_path / "importance.json", json.loads((folder / "alpha.json").read_text())
+    content["importance"]["kl"][0][0] += 1e-9
+    path.write_text(json.dumps(content))
+    with pytest.raises(CalibrationError, match=r"importance\.json is not as it was written"):
+        ImportanceFile.load(path)
+    content = {**content, "importance_version": 1}
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    assert ImportanceFile.load(path).layers == ImportanceFile.load(folder / "alpha.json").layers
+    assert ["has no digest" in record.getMessage() for record in caplog.records] == [True]
+
+
 def test_an_importance_of_impossible_numbers_is_refused(folder: Path, tmp_path: Path) -> None:
     content = json.loads((folder / "alpha.json").read_text())
     content["importance"]["alpha"][0][0] = -0.5
-    (tmp_path / "importance.json").write_text(json.dumps(content))
+    (tmp_path / "importance.json").write_text(json.dumps(signed_json.signed(content)))
     with pytest.raises(CalibrationError, match=r"finite numbers >= 0 a layer, got \(-0\.5"):
         ImportanceFile.load(tmp_path / "importance.json")

@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modes_fx import signed_json
 from modes_fx.errors import ModesFxError, PlanError
-from modes_fx.plan import SCHEMA_VERSION, PlanPoint, SkipPlan, config_hash, describe_model
+from modes_fx.plan import PlanPoint, SkipPlan, config_hash, describe_model
+from modes_fx.plan_fields import SCHEMA_VERSION
 from tests import tiny
 
 INF = math.inf
@@ -50,7 +52,17 @@ def path(plan: SkipPlan, tmp_path: Path) -> Path:
 
 
 def changed(path: Path, **changes: Any) -> Path:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    """Change a plan file's fields and sign it anew; None leaves a field out."""
+    left_out = {name for name, value in changes.items() if value is None}
+    content = {name: value for name, value in {**json.loads(path.read_text()), **changes}.items() if name not in left_out}
+    path.write_text(json.dumps(signed_json.signed(content)))
+    return path
+
+
+def unsigned(path: Path, version: int, **changes: Any) -> Path:
+    """Make a plan file one of a schema that had no digest."""
+    content = json.loads(changed(path, schema_version=version, **changes).read_text())
+    path.write_text(json.dumps({name: value for name, value in content.items() if name != signed_json.DIGEST}))
     return path
 
 
@@ -125,21 +137,72 @@ def test_a_frontier_that_is_none_is_refused(plan: SkipPlan, frontier: tuple[Plan
 
 
 def test_a_file_of_the_first_schema_has_no_frontier(plan: SkipPlan, path: Path) -> None:
-    content = {**json.loads(path.read_text()), "schema_version": 1}
-    for name in ("frontier", "mode", "weights"):
-        del content[name]
-    path.write_text(json.dumps(content))
-    first = SkipPlan.load(path)
+    first = SkipPlan.load(unsigned(path, 1, frontier=None, mode=None, weights=None))
     assert first == dataclasses.replace(plan, frontier=(), mode="fixed", weights=())
     assert first.target_range is None
 
 
+def test_a_file_from_before_the_digest_loads_with_one_warning(
+    plan: SkipPlan, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert SkipPlan.load(unsigned(path, 2)) == plan
+    (record,) = caplog.records
+    assert "modes-fx plan sign" in record.getMessage()
+
+
 def test_a_file_of_the_second_schema_without_a_frontier_is_not_whole(path: Path) -> None:
-    content = json.loads(path.read_text())
-    del content["frontier"]
-    path.write_text(json.dumps(content))
     with pytest.raises(PlanError, match="not a whole skip plan"):
+        SkipPlan.load(unsigned(path, 2, frontier=None))
+
+
+def test_a_changed_number_is_refused_with_what_to_do_and_loads_once_it_is_signed(plan: SkipPlan, path: Path) -> None:
+    path.write_text(path.read_text().replace('"tau_text": 0.1,', '"tau_text": 0.7,', 1))
+    with pytest.raises(PlanError, match=r"plan\.json is not as it was written.*modes-fx plan sign"):
         SkipPlan.load(path)
+    edited = SkipPlan.load(path, check_digest=False)
+    assert edited == dataclasses.replace(plan, points=(POINTS[0], dataclasses.replace(POINTS[1], tau_text=0.7)))
+    assert SkipPlan.load(edited.save(path)) == edited
+
+
+def test_neither_a_lost_digest_nor_a_lower_version_passes_for_an_older_file(path: Path) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "schema_version": 2}))
+    with pytest.raises(PlanError, match="digest does not fit"):
+        SkipPlan.load(path)
+    del content[signed_json.DIGEST]
+    path.write_text(json.dumps(content))
+    with pytest.raises(PlanError, match="have a digest from schema version 3 on"):
+        SkipPlan.load(path)
+
+
+def test_other_spacing_and_order_are_the_same_content(plan: SkipPlan, path: Path) -> None:
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=7))
+    assert SkipPlan.load(path) == plan
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"schema_version":' * 10**5, '{"schema_version": 3, "points": ' + "[" * 40])
+def test_a_deep_file_is_refused_by_name(path: Path, content: str) -> None:
+    path.write_text(content + "]" * 40 + "}" if content.endswith("[" * 40) and content[0] == "{" else content)
+    with pytest.raises(PlanError, match=r"plan\.json is not a whole JSON file"):
+        SkipPlan.load(path)
+
+
+def test_a_file_beyond_the_size_limit_is_refused_by_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signed_json, "MAX_BYTES", 100)
+    with pytest.raises(PlanError, match=r"plan\.json.*more than"):
+        SkipPlan.load(path)
+
+
+@pytest.mark.parametrize("provenance", [{"path": Path("x")}, {"numbers": {1, 2}}])
+def test_what_no_file_holds_is_refused_before_it_is_written(path: Path, plan: SkipPlan, provenance: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="JSON values"):
+        plan.with_provenance(**provenance).save(path)
+    assert SkipPlan.load(path) == plan
+
+
+def test_an_argument_of_undecodable_bytes_survives_as_text(path: Path, plan: SkipPlan) -> None:
+    said = plan.with_provenance(command=["modes-fx", "\udcff.json"])
+    assert SkipPlan.load(said.save(path)).provenance["command"] == ["modes-fx", "\\udcff.json"]
 
 
 def test_more_may_be_said_of_how_a_plan_was_made(plan: SkipPlan) -> None:
@@ -268,8 +331,19 @@ def test_a_newer_schema_is_refused_with_what_to_do(path: Path) -> None:
         {"alpha": [[0.1, "x"]]},
         {"alpha": 3},
         {"rule": "magic"},
+        {"tables": [["x"]]},
+        {"tables": [[True]]},
         {"model": 3},
+        {"model": {"model_type": [[]]}},
+        {"model": {"config": "x"}},
+        {"layers": [1]},
+        {"points": [{"target": 0.5, "tau_text": 0.1, "tau_vision": 0.1, "realised": {"vision": [[]]}}]},
+        {"points": [{"target": True, "tau_text": 0.1, "tau_vision": 0.1}]},
+        {"points": [{"target": 0.5, "tau_text": 10**400, "tau_vision": 0.1}]},
+        {"provenance": []},
+        {"surprise": 1},
         {"schema_version": "1"},
+        {"schema_version": True},
     ],
 )
 def test_a_file_with_other_fields_is_refused_by_name(path: Path, changes: dict[str, Any]) -> None:

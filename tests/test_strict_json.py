@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modes_fx import strict_json
+from modes_fx import signed_json, strict_json
+from modes_fx.errors import PlanError
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES, Rule, register
 
@@ -46,9 +47,9 @@ def test_what_is_no_threshold_is_refused_from_a_file_too(tmp_path: Path, value: 
     path = SkipPlan.uniform(text=0.1, vision=0.2).save(tmp_path / "plan.json")
     content = json.loads(path.read_text())
     content["points"][0]["tau_text"] = value
-    path.write_text(strict_json.dumps(content))
+    path.write_text(strict_json.dumps(signed_json.signed(content)))
     if value == "inf":
         assert SkipPlan.load(path).points[0].tau_text == math.inf
         return
-    with pytest.raises(ValueError, match="tau_text must be a number >= 0"):
+    with pytest.raises(PlanError, match=r"plan\.json.*tau_text"):
         SkipPlan.load(path)

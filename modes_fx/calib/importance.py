@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ from modes_fx.calib.estimate import estimate
 from modes_fx.calib.objective import Answers, Batch, checked, divergence, optimized
 from modes_fx.calib.resume import Tape, mistrust
 from modes_fx.errors import CalibrationError
+from modes_fx.importance_fields import Method, Mode
 from modes_fx.modality import MODALITIES
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["reference", "paper"]
-Method = Literal["resumed", "naive", "estimate"]
 OnStep = Callable[[int, int], None]
 
 _COLUMNS: dict[str, tuple[tuple[int, ...], ...]] = {"reference": ((0,), (1,)), "paper": ((0, 1),)}

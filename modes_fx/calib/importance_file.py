@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from modes_fx import importance_fields, signed_json, strict_json
 from modes_fx.calib.importance import Importance
 from modes_fx.calib.trials import versions
 from modes_fx.errors import CalibrationError
 from modes_fx.files import write_atomically
 from modes_fx.layers import find_moe_layers
 from modes_fx.plan import config_hash, describe_model
-
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -49,34 +47,25 @@ class ImportanceFile:
         """Write the file, as JSON, on the main process; an interrupted write leaves an older one as it was."""
         from modes_fx.calib import processes
 
-        content = json.dumps({"importance_version": _VERSION, **asdict(self)}, indent=2, allow_nan=False) + "\n"
-        return processes.from_main(lambda: write_atomically(path, content))
+        content = signed_json.signed({"importance_version": importance_fields.VERSION, **asdict(self)})
+        return processes.from_main(lambda: write_atomically(path, strict_json.dumps(content)))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ImportanceFile:
-        """Read a file.
+        """Read a file; warn of one that was written before importances had a digest.
 
         Raises:
-            CalibrationError: It is missing, truncated or something else.
+            CalibrationError: It is missing, truncated, damaged, changed or something else.
         """
-        path = Path(path)
-        advice = "Make one with `modes-fx calibrate MODEL --data DATA --out FILE`."
+        read = importance_fields.read(path)
+        found = read.importance
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CalibrationError(f"Cannot read the importance {path}: {error.strerror}. {advice}") from error
-        except ValueError as error:
-            raise CalibrationError(f"{path} is not a whole JSON file ({error}). {advice}") from error
-        if not isinstance(content, dict) or content.get("importance_version") != _VERSION:
-            raise CalibrationError(f"{path} is not an importance of version {_VERSION}. {advice}")
-        try:
-            values = {item.name: content["importance"][item.name] for item in fields(Importance)}
-            for name in ("alpha", "kl"):
-                values[name] = tuple((float(text), float(vision)) for text, vision in values[name])
-            rest = {item.name: content[item.name] for item in fields(cls) if item.name not in ("importance", "layers")}
-            return cls(Importance(**values), tuple(content["layers"]), **rest)
-        except (KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{path} is not a whole importance ({type(error).__name__}: {error}). {advice}") from error
+            importance = Importance(
+                found.alpha, found.kl, found.mode, found.answer_tokens, found.method, found.forwards, found.seconds
+            )
+        except CalibrationError as error:
+            raise CalibrationError(f"{path}: {error} {importance_fields.ADVICE}") from error
+        return cls(importance, read.layers, read.model, read.data_hash, read.versions)
 
     def check_model(self, model: nn.Module) -> None:
         """Refuse a model that the importance was not measured on.

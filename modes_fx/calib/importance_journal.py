@@ -9,18 +9,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
+from typing import TypedDict
 
 import torch
 from torch import nn
 
 from modes_fx.calib import processes
-from modes_fx.calib.importance import Importance, Method, Mode, OnStep, layer_importance
+from modes_fx.calib.importance import Importance, OnStep, layer_importance
 from modes_fx.calib.journal import Journal, opened
 from modes_fx.calib.objective import Batch, checked, optimized
 from modes_fx.calib.trials import data_hash, what_determines
 from modes_fx.errors import CalibrationError
+from modes_fx.importance_fields import Method, Mode
 
 _PARTS = 20
+
+
+class _Part(TypedDict):
+    kl: tuple[tuple[float, float], ...]
+    answer_tokens: int
+    forwards: float
+    method: Method
 
 
 def resumable_importance(
@@ -60,7 +69,7 @@ def resumable_importance(
             first, last = part * len(data) // parts, (part + 1) * len(data) // parts
             share = data[first:last]
             key = ("importance", mode, method, part, parts)
-            known = records.get(key)
+            known = records.get(key, _Part)
             if known is None:
                 found = layer_importance(model, share, mode, method=method, on_step=_of_part(first, last, len(data), on_step))
                 known = {
@@ -69,7 +78,7 @@ def resumable_importance(
                     "forwards": found.forwards,
                     "method": found.method,
                 }
-                records.add(key, known)
+                records.add(key, {**known})
             sums = sums + torch.tensor(known["kl"], dtype=torch.float64) * known["answer_tokens"]
             tokens += known["answer_tokens"]
             forwards += known["forwards"] * len(share) / max(len(data), 1)

@@ -104,6 +104,8 @@ def _read(path: str | os.PathLike[str], what: str, parse: Callable[[Any], Any]) 
         return parse(content)
     except PlanError as error:
         raise PlanError(f"{path} holds no {what} of a known form: {error} modes_fx.calib.reference lists the forms.") from error
+    except (OverflowError, RecursionError, ValueError) as error:  # integers beyond all floats or texts, or a deep file
+        raise PlanError(f"{path} holds no {what} of a known form: {error}.") from error
 
 
 def _scaling_factor(config: Any) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import collections
+import math
 import os
 import pickle
 import re
@@ -23,6 +24,7 @@ from torch import Tensor
 from modes_fx.errors import PlanError
 
 _TORCH_MAGIC = 0x1950A86A20F9469CFC6C  # what torch.save wrote first before it wrote zip files
+_MOST_NUMBERS = 1 << 20  # an expanded tensor of few bytes may claim any number
 
 
 def _numpy_names() -> dict[str, Any]:
@@ -99,6 +101,8 @@ def _plain(value: Any) -> Any:
         return {_plain(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) > _MOST_NUMBERS:
+        raise pickle.UnpicklingError(f"it holds {math.prod(value.shape)} numbers in one, more than {_MOST_NUMBERS}")
     if isinstance(value, Tensor):
         return _plain(value.detach().to_dense().tolist())
     if isinstance(value, (np.ndarray, np.generic)):

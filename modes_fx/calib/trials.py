@@ -8,20 +8,37 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from modes_fx import strict_json
 from modes_fx.calib import processes
 from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Batch, Evaluation, Objective
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, config_hash
 from modes_fx.quantise.memory import plain_parts
+from modes_fx.strict_json import Number
 
 Alpha = tuple[tuple[float, float], ...]
+
+
+class Entry(TypedDict):
+    """An ``Evaluation`` as a journal keeps it: null for NaN."""
+
+    kl: Number | None
+    skip_ratio: Number | None
+    skip_ratio_text: Number | None
+    skip_ratio_vision: Number | None
+    accuracy: Number | None
+
+
+class _Grids(TypedDict):
+    text: list[float]
+    vision: list[float]
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Trials:
         choice = (gamma, tau_text, tau_vision)
         if choice not in self.made:
             key = ("trial", *choice)
-            known = self._journal.get(key)
+            known = self._journal.get(key, Entry)
             if known is None:
                 started = time.monotonic()
                 evaluation = self._objective.evaluate(thresholds(self._alpha, *choice).bounds(self._objective.num_layers))
@@ -86,11 +103,12 @@ class Trials:
     def grids(self, gamma: float, size: int, make: Callable[[], list[list[float]]]) -> list[list[float]]:
         """Return the thresholds to try, (text, vision); the journal's, for another machine's rounding might move a quantile."""
         key = ("grid", gamma, size)
-        known = self._journal.get(key)
-        if known is None:
-            known = dict(zip(MODALITIES, make(), strict=True))
-            self._journal.add(key, known)
-        return [known[name] for name in MODALITIES]
+        known = self._journal.get(key, _Grids)
+        if known is not None:
+            return [known["text"], known["vision"]]
+        made = make()
+        self._journal.add(key, dict(zip(MODALITIES, made, strict=True)))
+        return made
 
     def out_of_time(self, reserve: int = 0) -> bool:
         """Say, the same on all processes, whether the time left is shorter than ``reserve`` more evaluations take."""
@@ -101,13 +119,14 @@ class Trials:
 
 
 def as_entry(evaluation: Evaluation) -> dict[str, float | None]:
-    """Return an evaluation as a journal keeps it: null for NaN."""
+    """Return an evaluation as an ``Entry``."""
     return {name: None if math.isnan(value) else value for name, value in asdict(evaluation).items()}
 
 
-def from_entry(entry: Mapping[str, float | None]) -> Evaluation:
+def from_entry(entry: Entry) -> Evaluation:
     """Return the evaluation that a journal kept."""
-    return Evaluation(**{name: math.nan if value is None else value for name, value in entry.items()})
+    values: Mapping[str, float | None] = strict_json.numbers(entry)
+    return Evaluation(**{name: math.nan if value is None else value for name, value in values.items()})
 
 
 def pareto(trials: Iterable[Trial]) -> tuple[Trial, ...]:

@@ -6,11 +6,11 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from modes_fx.cli import bench, calibrate, compare, demo, import_reference, inspect, search, shared
-from modes_fx.cli.terminal import console
+from modes_fx import strict_json
+from modes_fx.cli import bench, calibrate, compare, demo, import_reference, inspect, plan, search, shared
+from modes_fx.cli.terminal import console, errors
 from modes_fx.errors import ModesFxError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -40,6 +40,7 @@ app.command(cls=shared.SeveralValues)(search.search)
 app.command(cls=shared.SeveralValues)(compare.compare)
 app.command(cls=shared.SeveralValues)(bench.bench)
 app.command("import-reference")(import_reference.import_reference)
+app.add_typer(plan.app, name="plan")
 
 
 def main() -> None:
@@ -47,5 +48,5 @@ def main() -> None:
     try:
         app()
     except ModesFxError as error:
-        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False)
+        errors.print(f"[red]Error:[/] {escape(str(strict_json.plain(str(error))))}", highlight=False)
         sys.exit(1)

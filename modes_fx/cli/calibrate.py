@@ -12,6 +12,7 @@ from rich.table import Table
 
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
+from modes_fx.importance_fields import Method, Mode
 
 
 def calibrate(
@@ -35,13 +36,15 @@ def calibrate(
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Measure how much each MoE layer matters, for text and for visual tokens: the importance that search needs."""
-    from modes_fx.calib.importance import Method, Mode
+    source = shared.Source(data, data_format, split, samples, seed, max_bad)
+    shared.check_choice("mode", mode, Mode)
+    shared.check_choice("method", method, Method)
+    shared.check_inputs(model, source)
+
     from modes_fx.calib.importance_file import ImportanceFile
     from modes_fx.calib.importance_journal import resumable_importance
     from modes_fx.calib.trials import data_hash
 
-    source = shared.Source(data, data_format, split, samples, seed, max_bad)
-    shared.check_data(model, source)
     shared.check_device(device, device_map)
     with shared.session(device) as bars:
         network, processor = shared.load_model(

@@ -16,7 +16,8 @@ from rich.table import Table
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 from modes_fx.errors import CalibrationError, ModelError, in_a_line
-from modes_fx.loading import DEMO
+from modes_fx.importance_fields import Mode
+from modes_fx.locating import DEMO
 
 if TYPE_CHECKING:
     from modes_fx.compare import Comparison, Row
@@ -64,14 +65,6 @@ def compare(
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Compare skipping rules at equal skip ratios: each tuned on one set of data, measured on another."""
-    from modes_fx.calib.importance import Mode
-    from modes_fx.calib.trials import data_hash, versions
-    from modes_fx.compare import CONTENDERS
-    from modes_fx.compare import compare as run
-    from modes_fx.compare.output import mean_rows, write
-    from modes_fx.compare.rows import short_names
-    from modes_fx.page.closeup import Closeup, look_closely
-
     built_in = data == DEMO or (data is None and DEMO in models)
     if not built_in and (data is None or test_data is None):
         raise CalibrationError("A comparison needs --data to tune on and --test-data to measure on (or MODEL demo).")
@@ -86,6 +79,19 @@ def compare(
         shared.Source(tune_on, data_format, split, samples or _SAMPLES, seed, max_bad),
         shared.Source(test_data, data_format, test_split, test_samples or _SAMPLES, seed, max_bad, "test"),
     )
+    shared.check_choice("mode", importance_mode, Mode)
+    for source in sources:
+        shared.check_data(source)
+    for name in models:
+        shared.check_model(name)
+
+    from modes_fx.calib.trials import data_hash, versions
+    from modes_fx.compare import CONTENDERS
+    from modes_fx.compare import compare as run
+    from modes_fx.compare.output import mean_rows, write
+    from modes_fx.compare.rows import short_names
+    from modes_fx.page.closeup import Closeup, look_closely
+
     _check_one_architecture(models, trust_remote_code)
     shared.say_without_figures()
     names = short_names(models)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from modes_fx.cli.shared import DeviceOption, output_folder, say_without_figures
 from modes_fx.cli.terminal import Bars, be_quiet, console
+from modes_fx.locating import locate
 
 
 def demo(
@@ -23,6 +24,9 @@ def demo(
     quick: Annotated[bool, typer.Option(help="Little data and few timed rounds: a check that everything runs.")] = False,
 ) -> None:
     """Calibrate, search, skip, evaluate and time on the embedded model: the whole job, in minutes."""
+    if checkpoint is not None:
+        locate(checkpoint)
+
     from modes_fx.demo import load
     from modes_fx.demo.run import Size, run_demo
     from modes_fx.device import choose_device

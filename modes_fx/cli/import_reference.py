@@ -23,6 +23,10 @@ def import_reference(
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Make a plan of the files of MoDES's reference implementation; nothing in them is run."""
+    for file in (importance, tau):
+        shared.check_readable(file)
+    shared.check_model(model)
+
     from modes_fx.calib.reference import import_reference as convert
     from modes_fx.meta_model import read_config
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from modes_fx import json_schema
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import be_quiet, console
 from modes_fx.errors import ModesFxError
-from modes_fx.inspection import HEADINGS, JSON_SCHEMA, Inspection
-from modes_fx.inspection import inspect as inspect_model
+
+if TYPE_CHECKING:
+    from modes_fx.inspection import Inspection
 
 
 def inspect(
@@ -32,14 +34,17 @@ def inspect(
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Say which routing sites of a model would be rewritten, and why not the others; exit 1 if none would."""
-    be_quiet()
     try:
+        shared.check_model(model)
+        from modes_fx.inspection import inspect as inspect_model
+
+        be_quiet()
         with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints
             inspection = inspect_model(model, device=device, trust_remote_code=trust_remote_code)
     except ModesFxError as error:
         if not as_json:
             raise
-        typer.echo(json.dumps({"schema": JSON_SCHEMA, "error": str(error)}))
+        typer.echo(json.dumps({"schema": json_schema.INSPECTION, "error": str(error)}))
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(inspection.to_json())
@@ -53,6 +58,8 @@ def _print(inspection: Inspection, each: bool) -> None:
     colour = "green" if not inspection.rejected and inspection.sites else "yellow" if inspection.rewritten else "red"
     console.print(f"[bold {colour}]{escape(inspection.headline)}[/]", highlight=False)
     if inspection.sites:
+        from modes_fx.inspection import HEADINGS
+
         _, _, *sizes, _ = HEADINGS
         table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
         table.add_column("site", overflow="fold")

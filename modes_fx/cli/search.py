@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from modes_fx import importance_fields
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 
@@ -53,12 +54,14 @@ def search(
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
     """Find, for each target skip ratio, the thresholds that change the model's answers least; write them as a plan."""
+    source = shared.Source(data, data_format, split, samples, seed, max_bad)
+    shared.check_inputs(model, source)
+    importance_fields.read(importance, quiet=True)
+
     from modes_fx.calib import processes
     from modes_fx.calib import search as find
     from modes_fx.calib.importance_file import ImportanceFile
 
-    source = shared.Source(data, data_format, split, samples, seed, max_bad)
-    shared.check_data(model, source)
     shared.check_device(device, device_map)
     with shared.session(device) as bars:
         known = processes.together(lambda: ImportanceFile.load(importance))

@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 import typer.core
 
-from modes_fx.cli.terminal import Bars, be_quiet, console
-from modes_fx.errors import CalibrationError, DeviceError
-from modes_fx.loading import DEMO
+from modes_fx.cli.terminal import Bars, be_quiet, console, errors
+from modes_fx.errors import CalibrationError, DeviceError, ModesFxError, PlanError
+from modes_fx.files import check_writable
+from modes_fx.locating import DEMO, locate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,23 +49,32 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Pyth
 _DEMO_IMAGES = {"calibration": 12, "test": 64}  # as `modes-fx demo` takes, with 8 questions each
 
 
-def _writable(path: Path | None) -> Path | None:
-    """Refuse an output that could not be written once hours of work are done; typer looks at those that exist alone."""
-    if path is not None:
-        folder = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-        if folder != path.absolute() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise typer.BadParameter(f"{path} cannot be written: {folder} is no folder that can. Name another place.")
+def _file(path: Path | None) -> Path | None:
+    return _written_to(path, folder=False)
+
+
+def _folder(path: Path | None) -> Path | None:
+    return _written_to(path, folder=True)
+
+
+def _written_to(path: Path | None, *, folder: bool) -> Path | None:
+    """Refuse an output that could not be written once hours of work are done."""
+    try:
+        if path is not None:
+            check_writable(path, folder=folder)
+    except ModesFxError as error:
+        raise typer.BadParameter(str(error)) from error
     return path
 
 
 def output_file(help: str, *names: str) -> Any:
     """Return an option that names a file to write."""
-    return typer.Option(*names, dir_okay=False, writable=True, callback=_writable, help=help)
+    return typer.Option(*names, dir_okay=False, callback=_file, help=help)
 
 
 def output_folder(help: str) -> Any:
     """Return an option that names a folder to write to."""
-    return typer.Option(file_okay=False, writable=True, callback=_writable, help=help)
+    return typer.Option(file_okay=False, callback=_folder, help=help)
 
 
 JournalOption = Annotated[Path | None, output_file("File to keep each measurement in; a run that was cut off goes on from it.")]
@@ -148,12 +158,68 @@ class Source:
         return Samples(chosen, LoadReport(DEMO, "built in", len(drawn), len(chosen), {}, ()))
 
 
-def check_data(model: str, source: Source) -> None:
-    """See that a model has data, and that no option for them is ignored.
+def check_model(name: str) -> None:
+    """See that a model's folder or file is there; go offline where a hub model's hub is not.
 
     Raises:
-        CalibrationError: It has not, or one would be.
+        ModelError: There is no such folder or file, or its config cannot be read.
     """
+    if name == DEMO or Path(locate(name)).exists() or os.environ.get("HF_HUB_OFFLINE"):
+        return
+    from modes_fx.waiting import hub_answers
+
+    errors.print(f"{name} is no folder here: it is looked up on the Hugging Face hub.", highlight=False, markup=False)
+    if not hub_answers():
+        os.environ["HF_HUB_OFFLINE"] = "1"  # its library, not imported yet, would try for half a minute
+        errors.print("The hub cannot be reached: only what was downloaded before is used, as with HF_HUB_OFFLINE=1.")
+
+
+def check_readable(file: Path) -> None:
+    """See that a file can be read.
+
+    Raises:
+        PlanError: It cannot.
+    """
+    try:
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        raise PlanError(f"Cannot read {file}: {error.strerror}.") from error
+
+
+def check_choice(option: str, value: str, kind: Any) -> None:
+    """Refuse a value of an option that is none of a ``Literal``'s.
+
+    Raises:
+        CalibrationError: It is not.
+    """
+    if value not in get_args(kind):
+        raise CalibrationError(f"Unknown {option} {value!r}; known: {', '.join(get_args(kind))}.")
+
+
+def check_data(source: Source) -> None:
+    """See that the data are there.
+
+    Raises:
+        CalibrationError: They are not.
+    """
+    if source.path is not None and not source.path.exists():
+        raise CalibrationError(f"There is no calibration data at {source.path}. Pass a file or folder.")
+
+
+def check_inputs(model: str, source: Source) -> None:
+    """See that a model is there, that it has data, and that no option for them is ignored.
+
+    Raises:
+        CalibrationError: It has no data, they are not there, or an option would be ignored.
+        ModelError: There is no such model.
+    """
+    check_data(source)
+    _check_options(model, source)
+    check_model(model)
+
+
+def _check_options(model: str, source: Source) -> None:
     if source.path is not None:
         return
     if model != DEMO:

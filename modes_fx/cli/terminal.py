@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 console = Console()
+errors = Console(stderr=True)
 
 
 class Bars:

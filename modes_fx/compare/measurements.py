@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from torch import nn
 from modes_fx import strict_json
 from modes_fx.calib.journal import Journal, Key
 from modes_fx.calib.objective import Batch, Evaluation, Objective
-from modes_fx.calib.trials import as_entry, data_hash, from_entry, short_hash, what_determines
+from modes_fx.calib.trials import Entry, as_entry, data_hash, from_entry, short_hash, what_determines
 from modes_fx.compare.samples import SampleObjective, SampleScores
 from modes_fx.plan import SkipPlan
+from modes_fx.strict_json import Number
 
 
 def records_of(
@@ -37,6 +38,33 @@ def records_of(
     versions = facts.pop("versions")
     mine = short_hash(json.dumps({**facts, "test": data_hash(test)}, sort_keys=True).encode())
     return Journal(journal, {"command": "compare", "versions": versions}).under(mine)
+
+
+class StockEntry(TypedDict):
+    """What times are compared with, as a journal keeps it; see ``Stopwatch.facts``."""
+
+    fastest: dict[str, str]
+    batch: int
+    prompt_tokens: int
+    threads: int
+    stock_ms: dict[str, dict[str, Number]]
+    failed: dict[str, str]
+
+
+class SpeedEntry(TypedDict):
+    """A ``Speed`` as a journal keeps it."""
+
+    times: dict[str, Number]
+    ranges: dict[str, tuple[Number, Number]]
+    skipped: dict[str, Number]
+
+
+class _Scores(TypedDict):
+    kl_S: list[float]
+    tokens_S: list[int]
+    flips_S: list[int]
+    correct_S: list[bool]
+    skip_ratio: dict[str, float]
 
 
 class Measurements:
@@ -61,7 +89,7 @@ class Measurements:
     def on_calibration(self, name: str, plan: SkipPlan) -> Evaluation:
         """Return what a contender's plan does to the calibration data."""
         key = ("calibration", plan.rule, name, *identity(plan))
-        known = self._records.get(key)
+        known = self._records.get(key, Entry)
         if known is not None:
             return from_entry(known)
         if self._tuned_on is None:
@@ -73,7 +101,7 @@ class Measurements:
     def on_test(self, name: str, plan: SkipPlan | None) -> SampleScores:
         """Return what a contender's plan does to the test data; None: nothing is skipped."""
         key: Key = ("test", "unskipped") if plan is None else ("test", plan.rule, name, *identity(plan))
-        known = self._records.get(key)
+        known = self._records.get(key, _Scores)
         if known is not None:
             return _scores(known)
         if self._measured_on is None:
@@ -94,7 +122,11 @@ def _entry(scores: SampleScores) -> dict[str, Any]:
     return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in asdict(scores).items()}
 
 
-def _scores(entry: dict[str, Any]) -> SampleScores:
-    dtypes = {"kl_S": torch.float64, "tokens_S": torch.int64, "flips_S": torch.int64, "correct_S": torch.bool}
-    columns = {name: torch.tensor(entry[name], dtype=dtype) for name, dtype in dtypes.items()}
-    return SampleScores(**columns, skip_ratio=entry["skip_ratio"])
+def _scores(entry: _Scores) -> SampleScores:
+    return SampleScores(
+        torch.tensor(entry["kl_S"], dtype=torch.float64),
+        torch.tensor(entry["tokens_S"], dtype=torch.int64),
+        torch.tensor(entry["flips_S"], dtype=torch.int64),
+        torch.tensor(entry["correct_S"], dtype=torch.bool),
+        entry["skip_ratio"],
+    )

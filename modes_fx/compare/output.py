@@ -13,7 +13,7 @@ from modes_fx import strict_json
 from modes_fx.compare.page import write_comparison_page
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
-from modes_fx.files import write_atomically
+from modes_fx.files import in_any_case, write_atomically
 from modes_fx.page.closeup import Closeup
 
 
@@ -32,6 +32,9 @@ def write(
         settings: What they were made with.
         out: Folder.
         closeup: Of the first model, for the page; see ``look_closely``.
+
+    Raises:
+        ModesFxError: A file cannot be written; says where its content is instead.
     """
     means = mean_rows(comparisons)
     facts = {
@@ -43,9 +46,12 @@ def write(
     if len(comparisons) > 1:
         lines += [{"model": "mean", **row.flat()} for row in means]
     # The page last: what was measured is safe by then.
-    data = write_atomically(out / "compare.json", strict_json.dumps(facts))
-    table = write_atomically(out / "compare.csv", _as_csv(lines))
-    return write_comparison_page(facts, closeup, out / "compare.html"), data, table
+    data, table, page = in_any_case(
+        lambda: write_atomically(out / "compare.json", strict_json.dumps(facts)),
+        lambda: write_atomically(out / "compare.csv", _as_csv(lines)),
+        lambda: write_comparison_page(facts, closeup, out / "compare.html"),
+    )
+    return page, data, table
 
 
 def _as_csv(lines: Sequence[Mapping[str, Any]]) -> str:

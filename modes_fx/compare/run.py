@@ -13,14 +13,14 @@ from torch import nn
 
 from modes_fx import strict_json
 from modes_fx.calib import processes
-from modes_fx.calib.importance import Importance, Mode
+from modes_fx.calib.importance import Importance
 from modes_fx.calib.importance_journal import resumable_importance
 from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Answers, Batch, Evaluation, checked
 from modes_fx.calib.search import search
 from modes_fx.calib.trials import Trial, short_hash
 from modes_fx.compare.contenders import CONTENDERS, Alpha, Calibrated, Contender, contender, own_rule
-from modes_fx.compare.measurements import Measurements, identity, records_of
+from modes_fx.compare.measurements import Measurements, SpeedEntry, StockEntry, identity, records_of
 from modes_fx.compare.rows import Row, measured
 from modes_fx.compare.samples import SampleScores
 from modes_fx.compare.speed import Speed, Stopwatch
@@ -28,6 +28,7 @@ from modes_fx.compare.statistics import RoutingStatistics, routing_statistics
 from modes_fx.compare.tuning import Tuned, Tuner
 from modes_fx.device import device_name
 from modes_fx.errors import CalibrationError, UnreachableError
+from modes_fx.importance_fields import Mode
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
 
@@ -180,7 +181,7 @@ class _Match:
 
     def prepare_timing(self) -> None:
         """Choose the stock settings that rows are timed against; before the model is optimised."""
-        known = self.records.get(("stock", *self.machine))
+        known: Any = self.records.get(("stock", *self.machine), StockEntry)
         step = self._step("stock settings timed")
         self.stopwatch = Stopwatch(self.model, self.test[0], known and known["fastest"], on_step=step)
         self.stock = known or {"fastest": self.stopwatch.chosen, **self.stopwatch.facts}
@@ -208,9 +209,9 @@ class _Match:
 
     def _statistics(self, similarity: bool) -> RoutingStatistics:
         key = ("statistics", int(similarity))
-        known = self.records.get(key)
+        known = self.records.get(key, RoutingStatistics)
         if known is not None:
-            return RoutingStatistics(**{name: strict_json.tuples(values) for name, values in known.items()})
+            return known
         self._tell("statistics of the routing", 0, 1)
         found = routing_statistics(self.model, self.calibration, similarity=similarity)
         self.records.add(key, asdict(found))
@@ -309,7 +310,7 @@ class _Match:
         if self.stopwatch is None:
             return None
         key = ("speed", *self.machine, plan.rule, name, *identity(plan))
-        known = self.records.get(key)
+        known: Any = self.records.get(key, SpeedEntry)
         if known is None:
             set_plan(self.model, plan)
             known = strict_json.plain(asdict(self.stopwatch(self.model)))

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import overload
 
 from modes_fx.data.layouts import FORMATS, find_layout
+from modes_fx.data.layouts.layout import Records
 from modes_fx.data.sample import Sample
-from modes_fx.errors import CalibrationError
+from modes_fx.errors import CalibrationError, ModesFxError, in_a_line
 
 _log = logging.getLogger(__name__)
 _SHOWN = 3
@@ -114,7 +115,7 @@ def load_samples(
     kept: list[Sample] = []
     bad: Counter[str] = Counter()
     examples: list[str] = []
-    for sample in records.read(rows):
+    for sample in _read(records, rows, path):
         if (problem := _problem(sample)) is None:
             kept.append(sample)
             continue
@@ -130,6 +131,15 @@ def load_samples(
         )
     _log.log(logging.WARNING if bad else logging.INFO, "%s", report)
     return Samples(kept, report)
+
+
+def _read(records: Records, rows: Sequence[int], path: Path) -> Iterator[Sample]:
+    try:
+        yield from records.read(rows)
+    except ModesFxError:
+        raise
+    except Exception as error:  # what a table raises on a damaged row has no common base
+        raise CalibrationError(f"Cannot read {path}: {in_a_line(error)}") from error
 
 
 def _problem(sample: Sample) -> tuple[str, str] | None:

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import Qwen3VLMoeForConditionalGeneration
 
 from modes_fx.demo.data import Sample, as_data, collate, make_batches, make_samples
 from modes_fx.demo.processor import DemoProcessor
+from modes_fx.demo.shipped import check_checkpoint
 from modes_fx.errors import ModelError
 
 __all__ = ["CHECKPOINT", "Sample", "as_data", "collate", "load", "make_batches", "make_samples"]
@@ -32,14 +32,16 @@ def load(
         The model, in eval mode, on the CPU, and the processor.
 
     Raises:
-        ModelError: if the folder is missing or does not hold such a model.
+        ModelError: if the folder is missing or does not hold such a model, or the embedded one is damaged.
     """
+    if folder is None:
+        check_checkpoint()
     path = CHECKPOINT if folder is None else Path(folder)
     if not (path / "config.json").is_file():
         raise ModelError(f"There is no model in {path}: it has no config.json. Pass a folder written by save_pretrained.")
     try:
         model = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
         processor = DemoProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except Exception as error:  # a damaged file may raise anything
         raise ModelError(f"Cannot load a Qwen3-VL-MoE model and its processor from {path}: {error}") from error
     return model.eval(), processor

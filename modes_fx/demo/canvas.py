@@ -1,11 +1,13 @@
 """Canvases: a 3x3 grid of handwritten digits in four colours, drawn from the embedded source images."""
 
 import functools
+import io
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from modes_fx.demo.shipped import read_shipped
 
 SPLITS = ("train", "calibration", "validation", "test")
 COLOURS = {"red": (235, 60, 60), "green": (60, 205, 85), "blue": (85, 120, 255), "yellow": (235, 210, 60)}
@@ -44,10 +46,11 @@ def source_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         ValueError: if there is no such split.
+        ModelError: if the file of the images is missing or damaged.
     """
     if split not in SPLITS:
         raise ValueError(f"No split {split!r} in the demo's digits; pass one of {', '.join(SPLITS)}.")
-    with np.load(Path(__file__).with_name("digits.npz")) as arrays:
+    with np.load(io.BytesIO(read_shipped("digits.npz"))) as arrays:
         return arrays[f"{split}_images"], arrays[f"{split}_labels"]
 
 

@@ -18,7 +18,7 @@ from modes_fx.compare.run import Progress
 from modes_fx.demo.data import as_data, collate, make_batches, make_samples
 from modes_fx.demo.page import write_demo_page
 from modes_fx.demo.timing import time_settings
-from modes_fx.files import write_atomically
+from modes_fx.files import check_writable, in_any_case, write_atomically
 from modes_fx.optimize import optimize, report, restore
 from modes_fx.page.closeup import look_closely
 from modes_fx.plan import SkipPlan
@@ -59,7 +59,11 @@ def run_demo(
 
     Returns:
         What ``report.json`` holds.
+
+    Raises:
+        ModesFxError: The folder cannot be written to.
     """
+    check_writable(out, folder=True)
     seconds: dict[str, float] = {}
     model, processor = load()
 
@@ -121,8 +125,10 @@ def run_demo(
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
         "versions": {"modes_fx": modes_fx.__version__, **plan.provenance["versions"]},
     }
-    write_atomically(out / "report.json", strict_json.dumps(facts))
-    write_demo_page(facts, closeup, out / "report.html")
+    in_any_case(
+        lambda: write_atomically(out / "report.json", strict_json.dumps(facts)),
+        lambda: write_demo_page(facts, closeup, out / "report.html"),
+    )
     return facts
 
 

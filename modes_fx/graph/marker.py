@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from modes_fx.graph import hook
 from modes_fx.policies import decide, rule_of
 
 _SCHEMA = (
@@ -40,6 +39,8 @@ def _keep(
     layer: int,
 ) -> tuple[Tensor, Tensor]:
     if isinstance(weights, FakeTensor):
+        from modes_fx.graph import hook  # Inductor takes seconds to import
+
         hook.install()
     keep_TK, new_TK = decide(rule_of(rule).keep, expert_ids, weights, classes, bounds, table)
     return torch.where(keep_TK, weights if new_TK is None else new_TK, 0.0), keep_TK

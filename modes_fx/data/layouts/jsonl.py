@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from modes_fx import signed_json
 from modes_fx.data.layouts.layout import Layout, Records, first_of, text_of
 from modes_fx.data.sample import Sample
 from modes_fx.errors import CalibrationError
@@ -49,7 +50,8 @@ def _read(source: Path, split: str | None, frames: int) -> Records:
 def _parse(line: str, source: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+        signed_json.check_depth(row)
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"Line {number} of {source} is not JSON: {error}. Expected one object a line.") from error
     if not isinstance(row, dict):
         raise CalibrationError(f"Line {number} of {source} is no object, but {type(row).__name__}.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modes_fx import strict_json
 from modes_fx.data.sample import Sample
 from modes_fx.errors import CalibrationError
 
@@ -64,7 +65,7 @@ def text_of(value: Any) -> str:
         return next((text for text in map(text_of, value) if text), "")
     if value is None or isinstance(value, Mapping):
         return ""
-    return str(value).strip()
+    return str(strict_json.plain(str(value))).strip()
 
 
 def first_of(row: Mapping[str, Any], keys: Iterable[str]) -> Any:
