@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modes_fx import bench
+from modes_fx import bench, importance_fields
 from modes_fx.device import choose_device, describe_device, device_name
 from modes_fx.errors import DeviceError
 from modes_fx.timing import cpu_name, now
@@ -28,6 +28,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", own.append)
     return own
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An importance file that ``search`` finds."""
+    monkeypatch.setattr(importance_fields, "read", lambda path, quiet: None)
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ def test_what_is_not_there_is_refused_with_what_is(name: str, gpus: list[str]) -
     assert gpus == []
 
 
-@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.usefixtures("no_gpu", "measured")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_it_before_any_work(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -72,6 +78,7 @@ def test_a_benchmark_says_what_is_not_there() -> None:
         bench.Options(device="gpu")
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("command", ["calibrate", "search", "compare"])
 def test_a_device_and_a_device_map_exclude_each_other(command: str) -> None:
     with pytest.raises(DeviceError, match="--device and --device-map"):

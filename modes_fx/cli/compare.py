@@ -73,7 +73,6 @@ def compare(
         raise CalibrationError(f"{', '.join(named)} would be ignored: the demo's built-in data are used. Pass --data too.")
     if len(set(models)) < len(models):
         raise ModelError(f"{', '.join(models)}: a model is given twice. Name each once.")
-    shared.check_device(device, device_map)
     tune_on = None if built_in or data is None else Path(data)
     sources = (
         shared.Source(tune_on, data_format, split, samples or _SAMPLES, seed, max_bad),
@@ -92,6 +91,7 @@ def compare(
     from modes_fx.compare.rows import short_names
     from modes_fx.page.closeup import Closeup, look_closely
 
+    shared.check_device(device, device_map)
     _check_one_architecture(models, trust_remote_code)
     shared.say_without_figures()
     names = short_names(models)
