@@ -106,8 +106,8 @@ bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, 
 gpu-check:  ## on a machine with a GPU: its tests, then times against goals (8 minutes on an H100; runs PYTHON as it is)
 	$(PYTHON) -m benchmarks.gpu_check --json out/gpu_check.json
 
-coverage: $(SYNC)  ## write the README's table of model families anew
-	$(BIN)/python -m tests.families.coverage --write README.md
+coverage: $(SYNC)  ## write the table of model families in docs/supported-models.md anew
+	$(BIN)/python -m tests.families.coverage --write docs/supported-models.md
 
 clean:  ## remove the environments and all output
 	rm -rf .venv .venv-* $(THEIRS) out

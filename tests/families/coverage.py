@@ -1,4 +1,4 @@
-"""Print the table of the README that says what becomes of each model family: ``python -m tests.families.coverage``.
+"""Print the table of docs/supported-models.md, which says what becomes of each model family: ``-m tests.families.coverage``.
 
 Every line is found out by running ``optimize`` on a tiny model of the family.
 """
@@ -40,19 +40,19 @@ def table() -> str:
     return str(tabulate(rows(), headers=("family", "kind", "MoE layers rewritten", "how", "experts"), tablefmt="github"))
 
 
-def rows_of(readme: str) -> list[tuple[str, ...]]:
-    """Return the lines of a README's table."""
-    lines = readme.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
+def rows_of(page: str) -> list[tuple[str, ...]]:
+    """Return the lines of a page's table."""
+    lines = page.split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
     return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
 
 
-def named_in(readme: str) -> dict[tuple[str, str], str]:
-    """Return what a README's table says: (family, kind) -> outcome."""
-    return {(family.strip("`"), kind): how for family, kind, _, how, _ in rows_of(readme)}
+def named_in(page: str) -> dict[tuple[str, str], str]:
+    """Return what a page's table says: (family, kind) -> outcome."""
+    return {(family.strip("`"), kind): how for family, kind, _, how, _ in rows_of(page)}
 
 
 def promised() -> dict[tuple[str, str], str]:
-    """Return what the tables of families expect, in the README's words."""
+    """Return what the tables of families expect, in the page's words."""
     return {(item.name, kind): _words(item.expected) for kind, families in TABLES.items() for item in families}
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests.families import coverage, scan
 
 TABLED = {family.name for families in coverage.TABLES.values() for family in families}
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
 
 
 def test_every_family_is_in_the_tables_or_named_as_no_mixture() -> None:
@@ -25,14 +25,14 @@ def test_each_table_names_a_family_once() -> None:
         assert len(names) == len(set(names))
 
 
-def test_readme_says_what_the_tables_say() -> None:
-    assert coverage.named_in(README.read_text(encoding="utf-8")) == coverage.promised()
+def test_the_page_says_what_the_tables_say() -> None:
+    assert coverage.named_in(PAGE.read_text(encoding="utf-8")) == coverage.promised()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
-def test_readme_says_what_optimising_each_family_finds() -> None:
-    assert coverage.rows_of(README.read_text(encoding="utf-8")) == coverage.rows()
+def test_the_page_says_what_optimising_each_family_finds() -> None:
+    assert coverage.rows_of(PAGE.read_text(encoding="utf-8")) == coverage.rows()
 
 
 @pytest.mark.parametrize(
@@ -53,5 +53,5 @@ def test_scan_reads_code_and_neither_prose_nor_the_familys_name(source: str, spe
 
 def test_table_is_read_as_it_is_written() -> None:
     row = "| `olmoe` | text | 3 of 3 | rewritten | gated SiLU |"
-    readme = f"{coverage.BEGIN}\n\n| family | ... |\n|---|---|\n{row}\n\n{coverage.END}"
-    assert coverage.named_in(readme) == {("olmoe", "text"): "rewritten"}
+    page = f"{coverage.BEGIN}\n\n| family | ... |\n|---|---|\n{row}\n\n{coverage.END}"
+    assert coverage.named_in(page) == {("olmoe", "text"): "rewritten"}
