@@ -21,7 +21,6 @@ from modes_fx.timing import in_turn, now
 DECODE, PREFILL = (0.0, 0.5, 0.88), (0.0, 0.75, 0.88)  # skipped
 OURS = "modes-fx"
 ROUNDS = 7
-FLUSH_BYTES = 256 * 2**20
 COMPILED, BATCHED, BATCHED_COMPILED = Setting("grouped_mm", "moe"), Setting("batched_mm"), Setting("batched_mm", "moe")
 
 Key = tuple[str, float]
@@ -42,11 +41,12 @@ class Shapes:
     tokens: int = 8192
     context: int = 1024
     memory_gb: int = 64  # of the deep stack; its weights take 60
+    flush_mb: int = 256  # read before each call, to drive weights out of caches
 
 
 TINY = Shapes("tiny", 2, {"num_hidden_layers": 2, "vocab_size": 256, "hidden_size": 64, "moe_intermediate_size": 32,
     "num_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    prompt=32, new_tokens=5, tokens=64, context=16, memory_gb=0)  # fmt: skip
+    prompt=32, new_tokens=5, tokens=64, context=16, memory_gb=0, flush_mb=1)  # fmt: skip
 
 
 def generate(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
@@ -86,7 +86,7 @@ def block(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
         twins, x = Twins(block), drawn(tokens, block, device)
         contenders = [*twins.stock((COMPILED, BATCHED_COMPILED), tokens), *twins.ours(taus)]
         with token_modality(torch.zeros(1, tokens, dtype=torch.int64, device=device)):
-            yield what, timed(contenders, caller(lambda model, x=x: model(x), device, graph=tokens == 1))
+            yield what, timed(contenders, caller(lambda model, x=x: model(x), shapes, device, graph=tokens == 1))
 
 
 def decode(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
@@ -105,7 +105,7 @@ def decode(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
 
         contenders = [*twins.stock((DEFAULT, COMPILED, BATCHED, BATCHED_COMPILED), batch), *twins.ours(taus)]
         with token_modality(torch.zeros(batch, 1, dtype=torch.int64, device=device)):
-            yield f"48 layers, decode, batch {batch}, graph", timed(contenders, caller(step, device, graph=True))
+            yield f"48 layers, decode, batch {batch}, graph", timed(contenders, caller(step, shapes, device, graph=True))
 
 
 def prefill(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
@@ -114,7 +114,7 @@ def prefill(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]
     twins, x = Twins(stack), drawn(shapes.tokens, stack, device)
     contenders = [*twins.stock((DEFAULT,), shapes.tokens), *twins.ours(taus)]
     with token_modality((torch.arange(shapes.tokens, device=device) < 0.75 * shapes.tokens).long().unsqueeze(0)):
-        call = caller(lambda model: model(inputs_embeds=x, use_cache=False), device, graph=False)
+        call = caller(lambda model: model(inputs_embeds=x, use_cache=False), shapes, device, graph=False)
         yield "48 layers, prefill 8192", timed(contenders, call)
 
 
@@ -141,9 +141,9 @@ def taus_of(model: nn.Module, sample: Mapping[str, Any], skips: Sequence[float] 
     return thresholds(routings, torch.zeros_like(routings[0].ids[:, 0], dtype=torch.bool), skips)
 
 
-def caller(call: Callable[[Any], Any], device: torch.device, *, graph: bool) -> Ready:
+def caller(call: Callable[[Any], Any], shapes: Shapes, device: torch.device, *, graph: bool) -> Ready:
     """Return what compiles a contender, on a GPU captures it where a graph is asked for, and returns what times a call."""
-    flushed = torch.ones(FLUSH_BYTES // 4, device=device)
+    flushed = torch.ones(shapes.flush_mb * 2**18, device=device)
 
     def ready(each: Contender) -> Callable[[], float]:
         for _ in range(2):
