@@ -37,6 +37,11 @@ class ModelError(ModesFxError, ValueError):
     """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
 
 
+def printable(text: str) -> str:
+    """Return text as a screen may show it: control characters, which files can hold too, in their Python spelling."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
 def in_a_line(error: Exception) -> str:
     """Return an error's type and the first line of what it says."""
     lines = str(error).strip().splitlines()
