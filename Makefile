@@ -14,7 +14,7 @@ LMMS   := lmms-eval==0.7.3
 THEIRS := .upstream
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz lint bench bench-full coverage lock clean
+.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz lint bench bench-full gpu-check coverage lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -84,8 +84,8 @@ test-newest:  ## run the tests with the newest release of every dependency, in a
 	$(NEWEST)/bin/python $(PIP) -e '.[dev]'
 	$(NEWEST)/bin/python $(PYTEST) -m "not slow"
 
-test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optimised models (5 minutes)
-	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py \
+test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optimised models (5 minutes; FAMILIES='gpt_oss or mixtral' picks)
+	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py $(if $(FAMILIES),-k '$(FAMILIES)') \
 		-o addopts='-p no:cacheprovider' -o filterwarnings=ignore  # they have markers of their own, and warn
 
 fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused, or read as what it was (8 minutes)
@@ -102,6 +102,9 @@ bench: $(SYNC)  ## time an MoE block of Qwen3-VL-30B-A3B against stock settings 
 bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, growth, overhead (12 minutes, 12 GB of memory)
 	$(BIN)/modes-fx bench --parts block layers growth overhead --tokens 1 64 512 2048 --threads 1 2 \
 		--json out/bench/bench-full.json --plot out/bench/bench-full.svg
+
+gpu-check:  ## on a machine with a GPU: its tests, then times against goals (8 minutes on an H100; runs PYTHON as it is)
+	$(PYTHON) -m benchmarks.gpu_check --json out/gpu_check.json
 
 coverage: $(SYNC)  ## write the README's table of model families anew
 	$(BIN)/python -m tests.families.coverage --write README.md

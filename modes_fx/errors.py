@@ -37,6 +37,10 @@ class ModelError(ModesFxError, ValueError):
     """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
 
 
+class DeviceError(ModesFxError, ValueError):
+    """There is no such device on this machine, or two options name different ones."""
+
+
 def printable(text: str) -> str:
     """Return text as a screen may show it: control characters, which files can hold too, in their Python spelling."""
     return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)

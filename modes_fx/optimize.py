@@ -54,7 +54,7 @@ def optimize(
         region: What is compiled in place: ``"moe"`` each MoE block, ``"layer"`` each decoder layer, ``"model"`` each stack of
             decoder layers.
         dispatch: ``"compact"`` gathers the kept pairs (data-dependent length), ``"static"`` keeps shapes fixed; ``"auto"`` is
-            compact on a CPU and static elsewhere.
+            compact on a CPU and static elsewhere, where an NVIDIA GPU computes the kept pairs alone, too.
         mode: Inductor's, as for ``torch.compile``, such as ``"reduce-overhead"``.
         dynamic: As for ``torch.compile``: whether sizes may vary from the first graph on. None: from their first change on.
         options: Inductor's settings, as for ``torch.compile``; they go before the mode's.

@@ -33,7 +33,8 @@ class SiteReport:
         dispatch: ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, experts a token.
         num_experts: E, experts of the layer.
-        gemms: ``"kernels"`` or ``"packed kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are ATen's.
+        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are
+            torch's own.
     """
 
     name: str

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 _FEWEST = 3  # rounds that a limit of time leaves
@@ -51,6 +53,13 @@ def in_turn(
             if on_step is not None:
                 on_step(done, total)
     return found
+
+
+def now(device: torch.device) -> float:
+    """Return the seconds of a clock once a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def cpu_name() -> str:

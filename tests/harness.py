@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from modes_fx.graph import marker, optimized
 from modes_fx.graph.backend import SkipBackend, rewrite
-from modes_fx.passes import kept_gemms
+from modes_fx.passes import kept_blocks, kept_gemms
 from modes_fx.passes.emit import fake_mode_of, under_fake
 from modes_fx.passes.mark_sites import mark_sites
 from modes_fx.passes.site import RoutingSite, SiteRecord
@@ -31,6 +31,8 @@ KERNELS = (torch.ops.modes_fx.linear.default, torch.ops.modes_fx.linear_combine.
 
 ATEN = "compact, ATen"
 """The compact dispatch as it is where the kernels cannot be used."""
+SORTED, PAIRS = "static, sorted rows", "static, pairs"
+"""The static dispatch as an NVIDIA GPU gets it, with many rows and with few; without one, Triton's interpreter runs it."""
 
 
 def compile_with(monkeypatch: pytest.MonkeyPatch, compile_graph: Callable[..., Any]) -> None:
@@ -209,16 +211,19 @@ def compiled_block(
 
 
 def dispatch_of(form: str) -> Any:
-    """Return the dispatch of a form, which may be ``ATEN``."""
-    return "compact" if form == ATEN else form
+    """Return the dispatch of a form, which may be ``ATEN``, ``SORTED`` or ``PAIRS``."""
+    return form.partition(",")[0]
 
 
 @contextlib.contextmanager
 def kernels(form: str) -> Iterator[None]:
-    """Let the pass leave the kernels aside where the form is ``ATEN``."""
+    """Let the pass take the kernels of a form, or leave them aside where it is ``ATEN``."""
     with pytest.MonkeyPatch.context() as patch:
         if form == ATEN:
             patch.setattr(kept_gemms, "why_not", lambda graph, site: "as a test wants it")
+        if form in (SORTED, PAIRS):
+            patch.setattr(kept_blocks, "_capability", lambda device: (9, 0))
+            patch.setattr(kept_blocks, "takes_pairs", lambda pairs, num_experts: form == PAIRS)
         yield
 
 

@@ -135,6 +135,20 @@ def test_a_peer_of_another_release_is_left_out_by_name(stack: Any, monkeypatch: 
     assert twins.failed == {peer.NAME: "RuntimeError: prepack_moe_weight() expected at most 2 arguments"}
 
 
+@torch.inference_mode()
+def test_a_static_cache_stays_where_it_is_and_is_put_back_as_it_was() -> None:
+    given = parts._Run(bench.Options(preset="tiny", layers=1, cache=4), lambda *_: None, lambda _: None)
+    static, copied = given._static_arguments(), given._decode_arguments()
+    outs, places = [], set()
+    for _ in range(2):
+        arguments = static(0)
+        places.add(arguments["past_key_values"].layers[0].keys.data_ptr())
+        outs.append(given.stack(**arguments).last_hidden_state)
+    assert len(places) == 1
+    assert outs[0].equal(outs[1])
+    torch.testing.assert_close(outs[0], given.stack(**copied(0)).last_hidden_state)
+
+
 @torch.no_grad()
 def test_thresholds_reach_their_ratio_in_each_modality(stack: Any) -> None:
     routings = route(stack, {"inputs_embeds": draw(4096, HIDDEN, "uniform", 0)})
@@ -206,7 +220,7 @@ def test_options_that_cannot_be_measured_are_refused() -> None:
 
 def test_the_number_of_threads_is_put_back_when_a_run_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr(parts, "measure_machine", lambda: 1 / 0)
+    monkeypatch.setattr(parts, "measure_machine", lambda device: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bench.run(bench.Options(preset="tiny", threads=(before + 1,)))
     assert torch.get_num_threads() == before

@@ -21,11 +21,16 @@ DEVICE = "cuda"
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.usefixtures("fresh_dynamo", "whole_float32"),
 ]
 
-CAPTURABLE = [("grouped_mm", torch.bfloat16), ("batched_mm", torch.float32), ("batched_mm", torch.bfloat16)]
-"""transformers' grouped GEMM in float32 under a compiler reads its offsets on the host, skipped or not."""
+CAPTURABLE = [(stock, dtype) for stock in STOCK for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.fixture
+def whole_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let cuDNN's convolutions, which embed patches, compute in float32 as a CPU does: by default they take TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture

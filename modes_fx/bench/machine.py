@@ -1,8 +1,7 @@
-"""What the processor can do, measured: bandwidth of reads, rate of GEMMs; and the least time that work takes there."""
+"""What a processor or a GPU can do, measured: bandwidth of reads, rate of GEMMs; and the least time that work takes there."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,15 @@ import torch
 from torch import nn
 
 from modes_fx.bench.models import Routing
+from modes_fx.device import describe_device
 from modes_fx.layers import MoeLayer, find_moe_layers
+from modes_fx.timing import now
 
 _TAKES = 6
 _READ_BYTES = 512 * 2**20
 _GEMM = 2048, 1536  # inner and outer size
 _GEMM_ROWS = (128, 512, 2048)
+_GPU_GEMM, _GPU_GEMM_ROWS = (8192, 8192), (8192,)  # of a millisecond or more, so that a launch is nothing
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Machine:
         threads: Threads of the measurement.
         bandwidth: Bytes read a second.
         gemm_rate: Floating-point operations a second, of bfloat16 GEMMs.
+        name: What it is; see ``device.describe_device``.
     """
 
     threads: int
     bandwidth: float
     gemm_rate: float
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,27 +58,28 @@ class Limit:
         return self.read_ms + self.gemm_ms
 
 
-def measure() -> Machine:
-    """Measure the machine with torch's present number of threads; the best of several takes counts."""
-    floats = torch.ones(_READ_BYTES // 4)
+def measure(device: torch.device) -> Machine:
+    """Measure a device, with torch's present number of threads; the best of several takes counts."""
+    floats = torch.ones(_READ_BYTES // 4, device=device)
     whole = floats.view(torch.int64)
     reads: Sequence[Callable[[], Any]] = (floats.amax, floats.sum, whole.max)
-    bandwidth = max(_READ_BYTES / _least_seconds(read) for read in reads)
-    inner, outer = _GEMM
-    weight = torch.randn(outer, inner, dtype=torch.bfloat16)
+    bandwidth = max(_READ_BYTES / _least_seconds(read, device) for read in reads)
+    (inner, outer), sizes = (_GPU_GEMM, _GPU_GEMM_ROWS) if device.type == "cuda" else (_GEMM, _GEMM_ROWS)
+    weight = torch.randn(outer, inner, dtype=torch.bfloat16, device=device)
     rates = []
-    for rows in _GEMM_ROWS:
-        x = torch.randn(rows, inner, dtype=torch.bfloat16)
-        rates.append(2 * rows * inner * outer / _least_seconds(lambda x=x: nn.functional.linear(x, weight)))  # type: ignore[misc]
-    return Machine(torch.get_num_threads(), bandwidth, max(rates))
+    for rows in sizes:
+        x = torch.randn(rows, inner, dtype=torch.bfloat16, device=device)
+        seconds = _least_seconds(lambda x=x: nn.functional.linear(x, weight), device)  # type: ignore[misc]
+        rates.append(2 * rows * inner * outer / seconds)
+    return Machine(torch.get_num_threads(), bandwidth, max(rates), describe_device(device))
 
 
-def _least_seconds(run: Callable[[], Any]) -> float:
+def _least_seconds(run: Callable[[], Any], device: torch.device) -> float:
     seconds = []
     for _ in range(_TAKES):
-        started = time.perf_counter()
+        started = now(device)
         run()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now(device) - started)
     return min(seconds)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from modes_fx.compare.speed import RECOMPILE_LIMIT
 from modes_fx.errors import ModesFxError, in_a_line
 from modes_fx.modality import token_modality
 from modes_fx.optimize import stats
-from modes_fx.timing import in_turn
+from modes_fx.timing import in_turn, now
 
 Phase = Literal["prefill", "decode"]
 
@@ -36,7 +35,7 @@ class Work:
         part: Of the benchmark, such as ``block``.
         phase: Prefill or decode.
         tokens: T.
-        classes: int64 [1, T], 0 text and 1 visual.
+        classes: int64 [1, T], 0 text and 1 visual; where they are, the work runs.
         arguments: Given a round, returns fresh arguments of the forward; equal ones for equal rounds.
         limit: Given a round and the thresholds of (text, visual) tokens, returns the least time.
         static: The same as ``arguments``, with a static cache, for contenders that take one.
@@ -157,9 +156,9 @@ def run_once(work: Work, contender: Contender, arguments: Mapping[str, Any]) -> 
     """Run a contender once; return the seconds it took."""
     limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if contender.kind != "ours" else {}
     with token_modality(work.classes), torch._dynamo.config.patch(limit):
-        started = time.perf_counter()
+        started = now(work.classes.device)
         contender.model(**arguments)
-        return time.perf_counter() - started
+        return now(work.classes.device) - started
 
 
 def _milliseconds(work: Work, contender: Contender, index: int, flush: Callable[[], Any]) -> float:

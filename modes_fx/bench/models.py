@@ -50,15 +50,16 @@ class Block(nn.Module):
         self.config._experts_implementation = name
 
 
-def build(preset: str, layers: int, skew: Skew = "uniform", seed: int = 0) -> Any:
-    """Return a stack of decoder layers in bfloat16, random and ready for inference.
+def build(preset: str, layers: int, skew: Skew = "uniform", seed: int = 0, device: torch.device | None = None) -> Any:
+    """Return a stack of decoder layers in bfloat16, random and ready for inference; on the CPU if no device is named.
 
     Raises:
         ModesFxError: There is no such preset.
     """
     config = config_of(preset, layers)
     torch.manual_seed(seed)
-    stack = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
+    with device or torch.device("cpu"):
+        stack = AutoModel.from_config(config, dtype=torch.bfloat16).eval()
     stack.set_experts_implementation("grouped_mm")
     if skew == "zipf":
         for layer in find_moe_layers(stack):
@@ -118,7 +119,7 @@ def _skew(block: nn.Module, experts: nn.Module) -> None:
     )
     top_k: Any = getattr(block, "top_k", None) or next(module.top_k for module in block.modules() if hasattr(module, "top_k"))
     generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(_SAMPLE, router.shape[1], generator=generator) @ router.detach().float().T
+    logits = torch.randn(_SAMPLE, router.shape[1], generator=generator) @ router.detach().float().cpu().T
     wanted = _at_most_one(1.0 / torch.arange(1, number + 1), top_k)
     bias = torch.zeros(number)
     for _ in range(_STEPS):
@@ -126,7 +127,7 @@ def _skew(block: nn.Module, experts: nn.Module) -> None:
         rate = torch.bincount(chosen.reshape(-1), minlength=number) / _SAMPLE
         bias += 0.3 * logits.std() * (wanted.log() - rate.clamp(min=0.1 / _SAMPLE).log())
     with torch.no_grad():
-        router[:, 0] = (bias - bias.mean()) / _CONSTANT
+        router[:, 0] = ((bias - bias.mean()) / _CONSTANT).to(router.device)
 
 
 def _at_most_one(shares: Tensor, top_k: int) -> Tensor:

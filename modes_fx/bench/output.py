@@ -107,7 +107,7 @@ def notes(bench: Bench, options: Options) -> Iterator[str]:
     """Return the lines to print under the tables."""
     for machine in bench.machines:
         yield (
-            f"{cpu_name()}, {machine.threads} threads: reads {machine.bandwidth / 1e9:.1f} GB/s, bfloat16 GEMM "
+            f"{machine.name}, {machine.threads} threads: reads {machine.bandwidth / 1e9:.1f} GB/s, bfloat16 GEMM "
             f"{machine.gemm_rate / 1e9:.0f} GFLOP/s; torch {torch.__version__}, transformers {transformers.__version__}."
         )
     first, tenth = bench.popularity

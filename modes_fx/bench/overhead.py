@@ -2,7 +2,8 @@
 
 With every pair kept, two clocks run in each region: one around its compiled call, one around the code that Inductor generated
 for it. Between them lie dynamo's guards, the look-up of the layer and its thresholds, and AOTAutograd's wrapper. With the
-modality ids that the watch on the stack makes, timed on their own, that is all a step has beside its work.
+modality ids that the watch on the stack makes, timed on their own, that is all a step has beside its work. They wait for
+no device: on a GPU they tell the host's time, and that of the step alone waits.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from modes_fx.graph.regions import Region as CompiledRegion
 from modes_fx.layers import Region
 from modes_fx.modality import token_modality
 from modes_fx.optimize import optimize, optimized_state, restore
+from modes_fx.timing import now
 
 _WARM_UP = 5
 
@@ -91,9 +93,9 @@ def measure(stack: Any, region: Region, arguments: Callable[[int], dict[str, Any
             for index in range(-_WARM_UP, steps):
                 given = arguments(index)
                 inside.seconds = outside.seconds = watched.seconds = 0.0
-                started = time.perf_counter()
+                started = now(classes.device)
                 model(**given)
-                seconds = time.perf_counter() - started
+                seconds = now(classes.device) - started
                 if not inside.seconds:
                     raise RuntimeError("no call of the code that Inductor generated was seen: it is reached another way now")
                 if index >= 0:

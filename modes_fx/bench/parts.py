@@ -17,6 +17,7 @@ from modes_fx.bench.machine import measure as measure_machine
 from modes_fx.bench.measure import Row, Work, phase_of, time_work
 from modes_fx.bench.models import Skew, block_of, build, draw, popularity, route
 from modes_fx.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, ONE_GRAPH_SETTINGS, Contender, Twins, thresholds
+from modes_fx.device import choose_device
 from modes_fx.errors import ModesFxError
 from modes_fx.layers import Region, find_moe_layers
 
@@ -49,6 +50,7 @@ class Options:
         skew: How unevenly routers choose.
         rounds: Timed rounds; decode steps are timed three times as often.
         limit_s: Seconds after which a token count gets no further round, once it has had three.
+        device: Where; see ``device.choose_device``.
     """
 
     preset: str = "qwen3-vl-30b-a3b"
@@ -63,6 +65,7 @@ class Options:
     skew: Skew = "uniform"
     rounds: int = 7
     limit_s: float = 40.0
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if unknown := set(self.parts) - set(PARTS):
@@ -73,6 +76,7 @@ class Options:
             raise ModesFxError(f"Skip ratios are in [0, 1), got {', '.join(map(str, self.skips))}.")
         if not self.threads or any(count < 1 for count in (*self.tokens, *self.threads, self.rounds)):
             raise ModesFxError("Numbers of tokens, threads and rounds are 1 or more.")
+        choose_device(self.device)
 
 
 @dataclass
@@ -118,12 +122,13 @@ def run(
 class _Run:
     def __init__(self, options: Options, progress: Progress, keep: Callable[[Bench], None]) -> None:
         self.options, self.progress, self.keep = options, progress, keep
-        self.stack = build(options.preset, options.layers, options.skew)
+        self.device = choose_device(options.device)
+        self.stack = build(options.preset, options.layers, options.skew, device=self.device)
         self.block = block_of(self.stack)
         self.width = self.stack.config.hidden_size
         self.found = Bench()
         self._drawn: tuple[tuple[int, int], Tensor] = ((0, 0), torch.empty(0))
-        self._flushed = torch.ones(_FLUSH_BYTES // 4)
+        self._flushed = torch.ones(_FLUSH_BYTES // 4, device=self.device)
         sample = route(self.block, {"inputs_embeds": self._draw(_CALIBRATION, _OTHERS)})
         experts = next(find_moe_layers(self.block)[0].experts.parameters()).shape[0]
         shares = popularity(sample[0], experts)
@@ -133,7 +138,7 @@ class _Run:
     def all(self) -> Bench:
         for threads in self.options.threads:
             torch.set_num_threads(threads)
-            machine = measure_machine()
+            machine = measure_machine(self.device)
             self.found.machines.append(machine)
             twins = Twins(self.block, self.found.failed)  # afresh: code is generated for a number of threads
             if "block" in self.options.parts:
@@ -160,15 +165,14 @@ class _Run:
 
     def _layers(self, machine: Machine) -> None:
         twins, length = Twins(self.stack, self.found.failed), self.options.prompt
-        classes = (torch.arange(length) < _VISUAL * length).long().unsqueeze(0)
+        classes = self._visual(length).long().unsqueeze(0)
         prefill = self._prefill_arguments(length)
         sample = route(self.stack, self._prefill_arguments(_CALIBRATION)(_OTHERS))
-        decode = self._decode_arguments()
-        static = self._decode_arguments(StaticCache(config=self.stack.config, max_cache_len=self.options.cache + _ROOM))
-        every = thresholds(sample, torch.arange(_CALIBRATION) < _VISUAL * _CALIBRATION, (0.0, _DECODE_SKIP, _PREFILL_SKIP))
+        decode, static = self._decode_arguments(), self._static_arguments()
+        every = thresholds(sample, self._visual(_CALIBRATION), (0.0, _DECODE_SKIP, _PREFILL_SKIP))
         for phase, tokens, skip, ids, arguments, context in (
             ("prefill", length, _PREFILL_SKIP, classes, prefill, 0),
-            ("decode", 1, _DECODE_SKIP, torch.zeros(1, 1, dtype=torch.int64), decode, self.options.cache),
+            ("decode", 1, _DECODE_SKIP, self._text(1), decode, self.options.cache),
         ):
             taus = {0.0: every[0.0], skip: every[skip]}
             attentions = (None, "eager") if phase == "decode" else (None,)
@@ -184,7 +188,7 @@ class _Run:
             self._time(work, contenders, f"{self.options.layers} layers, {phase}")
 
     def _overhead(self) -> None:
-        decode, steps, token = self._decode_arguments(), 10 * self.options.rounds, torch.zeros(1, 1, dtype=torch.int64)
+        decode, steps, token = self._decode_arguments(), 10 * self.options.rounds, self._text(1)
         for region in ("moe", "model"):
             self.found.overhead.append(overhead.measure(self.stack, region, decode, steps, token))
             self.keep(self.found)
@@ -198,10 +202,10 @@ class _Run:
         self.keep(self.found)
 
     def _block_taus(self, skips: Sequence[float]) -> dict[float, tuple[float, float] | None]:
-        return thresholds(self.block_sample, torch.zeros(_CALIBRATION, dtype=torch.bool), skips)
+        return thresholds(self.block_sample, self._text(_CALIBRATION)[0].bool(), skips)
 
     def _block_work(self, part: str, tokens: int, machine: Machine) -> Work:
-        classes = torch.zeros(1, tokens, dtype=torch.int64)
+        classes = self._text(tokens)
 
         def arguments(index: int) -> dict[str, Any]:
             return {"inputs_embeds": self._draw(tokens, index)}
@@ -211,22 +215,45 @@ class _Run:
     def _prefill_arguments(self, tokens: int) -> Callable[[int], dict[str, Any]]:
         return lambda index: {"inputs_embeds": self._draw(tokens, index), "use_cache": False}
 
-    def _decode_arguments(self, cache: Cache | None = None) -> Callable[[int], dict[str, Any]]:
-        """Return arguments of one token's step over a cache that the prompt has filled, each with a cache of its own.
+    def _decode_arguments(self) -> Callable[[int], dict[str, Any]]:
+        """Return arguments of one token's step over a cache that the prompt has filled, each with a cache of its own."""
+        cache = self._filled(DynamicCache(config=self.stack.config))
+        return lambda index: self._step(index, copy.deepcopy(cache))
 
-        Args:
-            cache: An empty cache; None: a dynamic one.
-        """
-        cache = cache or DynamicCache(config=self.stack.config)
+    def _static_arguments(self) -> Callable[[int], dict[str, Any]]:
+        """Return the same over one static cache, put back as it was each time: CUDA graphs read it where they first saw it."""
+        cache = self._filled(StaticCache(config=self.stack.config, max_cache_len=self.options.cache + _ROOM))
+        before = copy.deepcopy(cache)
+
+        def arguments(index: int) -> dict[str, Any]:
+            for layer, was in zip(cache.layers, before.layers, strict=True):
+                for name, value in vars(was).items():
+                    if isinstance(value, Tensor):
+                        getattr(layer, name).copy_(value)
+            return self._step(index, cache)
+
+        return arguments
+
+    def _filled(self, cache: Cache) -> Cache:
         self.stack(inputs_embeds=self._draw(self.options.cache, _OTHERS + 1), past_key_values=cache, use_cache=True)
-        return lambda index: {
-            "inputs_embeds": self._draw(1, index), "past_key_values": copy.deepcopy(cache), "use_cache": True,
-        }  # fmt: skip
+        return cache
+
+    def _step(self, index: int, cache: Cache) -> dict[str, Any]:
+        return {"inputs_embeds": self._draw(1, index), "past_key_values": cache, "use_cache": True}
 
     def _draw(self, tokens: int, seed: int) -> Tensor:
         if self._drawn[0] != (tokens, seed):  # all contenders of a round ask for the same
-            self._drawn = (tokens, seed), draw(tokens, self.width, self.options.skew, _OTHERS + seed)
+            drawn = draw(tokens, self.width, self.options.skew, _OTHERS + seed)
+            self._drawn = (tokens, seed), drawn.to(self.device)
         return self._drawn[1]
+
+    def _text(self, tokens: int) -> Tensor:
+        """Return the classes of text tokens, int64 [1, T]."""
+        return torch.zeros(1, tokens, dtype=torch.int64, device=self.device)
+
+    def _visual(self, tokens: int) -> Tensor:
+        """Return which tokens of a prompt are visual, bool [T]."""
+        return torch.arange(tokens, device=self.device) < _VISUAL * tokens
 
     @staticmethod
     def _limit(

@@ -28,6 +28,8 @@ _packed: weakref.WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = weakref.W
 
 def why_not(model: nn.Module) -> str:
     """Return why the kernel cannot run a model's experts here; "" where it can."""
+    if next(model.parameters()).device.type != "cpu":
+        return "it is a kernel for CPUs"
     if problem := _load():
         return problem
     for layer in find_moe_layers(model):

@@ -21,15 +21,24 @@ from modes_fx.errors import CalibrationError
 T = TypeVar("T")
 
 
+def are_launched() -> bool:
+    """Say whether ``torchrun`` or ``accelerate launch`` started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextlib.contextmanager
-def launched() -> Iterator[None]:
-    """Join the group of ``torchrun`` or ``accelerate launch``, if one of them started this process, for a block's length."""
-    if _grouped() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def launched(*, cpu: bool = False) -> Iterator[None]:
+    """Join the group of ``torchrun`` or ``accelerate launch``, if one of them started this process, for a block's length.
+
+    Args:
+        cpu: Whether the processes leave GPUs alone.
+    """
+    if _grouped() or not are_launched():
         yield
         return
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    state = PartialState()
+    state = PartialState(cpu=cpu)
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from typing import Annotated, cast
 
 import typer
 
-from modes_fx.cli.shared import output_file
+from modes_fx.cli.shared import DeviceOption, output_file
 from modes_fx.cli.terminal import Bars, be_quiet, console
 
 
@@ -16,6 +16,7 @@ def bench(
     parts: Annotated[list[str], typer.Option(help="What to measure: block, layers, growth, overhead.")] = ["block"],  # noqa: B006
     tokens: Annotated[list[int], typer.Option(help="Token counts of the MoE block.")] = [1, 64, 512],  # noqa: B006
     skip: Annotated[list[float], typer.Option(help="Skip ratios of the MoE block, in [0, 1).")] = [0.0, 0.5, 0.88],  # noqa: B006
+    device: DeviceOption = None,
     threads: Annotated[
         list[int] | None,
         typer.Option(help="Numbers of threads of the MoE block, all else runs on the last; torch's own if left out."),
@@ -41,7 +42,7 @@ def bench(
     be_quiet()
     options = Options(
         preset=preset, parts=parts, tokens=tokens, skips=skip, layers=layers, prompt=prompt, cache=cache, growth_to=growth_to,
-        skew=cast(Skew, skew), rounds=rounds, limit_s=limit, threads=threads or (torch.get_num_threads(),),
+        skew=cast(Skew, skew), rounds=rounds, limit_s=limit, threads=threads or (torch.get_num_threads(),), device=device,
     )  # fmt: skip
 
     def keep(found: Bench) -> None:

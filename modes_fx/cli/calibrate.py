@@ -31,6 +31,7 @@ def calibrate(
     method: Annotated[str, typer.Option(help="resumed, naive or estimate.")] = "resumed",
     journal: shared.JournalOption = None,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = None,
     device_map: shared.DeviceMapOption = None,
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
@@ -44,8 +45,11 @@ def calibrate(
     from modes_fx.calib.importance_journal import resumable_importance
     from modes_fx.calib.trials import data_hash
 
-    with shared.session() as bars:
-        network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+    shared.check_device(device, device_map)
+    with shared.session(device) as bars:
+        network, processor = shared.load_model(
+            model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
+        )
         batches = shared.load_batches(network, processor, source, batch_size, bars)
         importance = resumable_importance(
             network, batches, cast(Mode, mode), cast(Method, method), journal=journal,

@@ -60,6 +60,7 @@ def compare(
     seed: shared.SeedOption = 0,
     batch_size: shared.BatchSizeOption = 8,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = None,
     device_map: shared.DeviceMapOption = None,
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
@@ -90,16 +91,17 @@ def compare(
     from modes_fx.compare.rows import short_names
     from modes_fx.page.closeup import Closeup, look_closely
 
+    shared.check_device(device, device_map)
     _check_one_architecture(models, trust_remote_code)
     shared.say_without_figures()
     names = short_names(models)
     found: dict[str, Comparison] = {}
     closeups: list[Closeup] = []
     hashes: dict[str, str] = {}
-    with shared.session() as bars:
+    with shared.session(device) as bars:
         for name in models:
             network, processor = shared.load_model(
-                name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+                name, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
             )
             tune = shared.load_batches(network, processor, sources[0], batch_size, bars)
             asked = shared.load_samples(sources[1])

@@ -10,7 +10,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from modes_fx.cli.shared import output_folder, say_without_figures
+from modes_fx.cli.shared import DeviceOption, output_folder, say_without_figures
 from modes_fx.cli.terminal import Bars, be_quiet, console
 from modes_fx.locating import locate
 
@@ -20,6 +20,7 @@ def demo(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Another checkpoint of the demo's kind; none takes the embedded one.")
     ] = None,
+    device: DeviceOption = None,
     quick: Annotated[bool, typer.Option(help="Little data and few timed rounds: a check that everything runs.")] = False,
 ) -> None:
     """Calibrate, search, skip, evaluate and time on the embedded model: the whole job, in minutes."""
@@ -28,12 +29,19 @@ def demo(
 
     from modes_fx.demo import load
     from modes_fx.demo.run import Size, run_demo
+    from modes_fx.device import choose_device
 
+    where = choose_device(device)
     be_quiet()
     say_without_figures()
     size = Size(calibration_images=4, held_out_images=2, test_images=8, grid_size=6, rounds=2) if quick else Size()
+
+    def fresh() -> tuple[Any, Any]:
+        model, processor = load(folder=checkpoint)
+        return model.to(where), processor  # type: ignore[arg-type]  # as transformers declares it
+
     with Bars() as bars:
-        facts = run_demo(lambda: load(folder=checkpoint), out, size=size, progress=bars)
+        facts = run_demo(fresh, out, size=size, progress=bars)
     _print_demo(facts, out)
 
 
@@ -74,7 +82,8 @@ def _print_demo(facts: dict[str, Any], out: Path) -> None:
     console.print(table)
     stock = "; ".join(f"{name} {prefill[name]:.0f}, {decode[name]:.1f}" for name in prefill if name.startswith("stock"))
     setup = speed["setup"]
+    hardware = ", ".join(setup[name] for name in ("cpu", "gpu") if name in setup)
     console.print(
         f"Stock, prefill ms and decode ms a token: {stock}. Batch {setup['batch']}, {setup['prompt_tokens']} tokens, "
-        f"{setup['threads']} threads, {setup['cpu']}.\nWritten to {escape(str(out))}: plan.json, report.json and report.html"
+        f"{setup['threads']} threads, {hardware}.\nWritten to {escape(str(out))}: plan.json, report.json and report.html"
     )

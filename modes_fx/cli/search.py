@@ -49,6 +49,7 @@ def search(
     seed: shared.SeedOption = 0,
     batch_size: shared.BatchSizeOption = 8,
     dtype: shared.DtypeOption = "auto",
+    device: shared.DeviceOption = None,
     device_map: shared.DeviceMapOption = None,
     trust_remote_code: shared.TrustOption = False,
 ) -> None:
@@ -61,9 +62,12 @@ def search(
     from modes_fx.calib import search as find
     from modes_fx.calib.importance_file import ImportanceFile
 
-    with shared.session() as bars:
+    shared.check_device(device, device_map)
+    with shared.session(device) as bars:
         known = processes.together(lambda: ImportanceFile.load(importance))
-        network, processor = shared.load_model(model, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        network, processor = shared.load_model(
+            model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
+        )
         known.check_model(network)
         batches = shared.load_batches(network, processor, source, batch_size, bars)
         fresh = None

@@ -14,7 +14,7 @@ import typer
 import typer.core
 
 from modes_fx.cli.terminal import Bars, be_quiet, console, errors
-from modes_fx.errors import CalibrationError, ModesFxError, PlanError
+from modes_fx.errors import CalibrationError, DeviceError, ModesFxError, PlanError
 from modes_fx.files import check_writable
 from modes_fx.locating import DEMO, locate
 
@@ -38,9 +38,12 @@ MaxBadOption = Annotated[float, typer.Option(min=0, max=1, help="Share of unusab
 SeedOption = Annotated[int, typer.Option(help="Another seed draws other samples.")]
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Samples in a batch, on each process.")]
 DtypeOption = Annotated[str, typer.Option(help="Of the weights, such as bfloat16; auto takes the checkpoint's.")]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N; left out, each process's own GPU where there is one, else the CPU.")
+]
 DeviceMapOption = Annotated[
     str | None,
-    typer.Option(help="Spread the model over devices, such as auto; left out, each process has it on its own device."),
+    typer.Option(help="Instead of --device: spread the model over several, such as auto."),
 ]
 TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")]
 _DEMO_IMAGES = {"calibration": 12, "test": 64}  # as `modes-fx demo` takes, with 8 questions each
@@ -226,6 +229,23 @@ def _check_options(model: str, source: Source) -> None:
             raise CalibrationError(f"{option} would be ignored: the demo's built-in data are used. Pass --data too.")
 
 
+def check_device(device: str | None, device_map: str | None) -> None:
+    """See before any work that a device is there, and that nothing else says where the model goes.
+
+    Raises:
+        DeviceError: It is not, or something does.
+    """
+    from modes_fx.calib import processes
+    from modes_fx.device import choose_device
+
+    if device is not None and device_map is not None:
+        raise DeviceError("--device and --device-map both say where the model goes. Pass one of them.")
+    if device not in (None, "cpu", "cuda") and processes.are_launched():
+        raise DeviceError(f"Several processes have a device each, got --device {device} for all. Pass cuda or cpu, or none.")
+    if device_map is None:
+        choose_device(device)
+
+
 def say_without_figures() -> None:
     """Say it before hours of work if pages will lack their figures."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -233,12 +253,16 @@ def say_without_figures() -> None:
 
 
 @contextmanager
-def session() -> Iterator[Bars]:
-    """Join the processes of ``torchrun`` or ``accelerate launch``, if any; the main one alone shows progress and results."""
+def session(device: str | None = None) -> Iterator[Bars]:
+    """Join the processes of ``torchrun`` or ``accelerate launch``, if any; the main one alone shows progress and results.
+
+    Args:
+        device: As the option; on ``"cpu"`` processes take no GPU, so that there may be more of them.
+    """
     from modes_fx.calib import processes
 
     be_quiet()
-    with processes.launched():
+    with processes.launched(cpu=device == "cpu"):
         before, console.quiet = console.quiet, not processes.is_main()
         try:
             with Bars() as bars:
@@ -247,19 +271,21 @@ def session() -> Iterator[Bars]:
             console.quiet = before
 
 
-def load_model(name: str, *, dtype: str, device_map: str | None, trust_remote_code: bool) -> tuple[nn.Module, Any]:
-    """Load a model and its processor; see ``modes_fx.loading``. Without a device map it goes to this process's own device.
+def load_model(
+    name: str, *, dtype: str, device: str | None, device_map: str | None, trust_remote_code: bool
+) -> tuple[nn.Module, Any]:
+    """Load a model and its processor; see ``modes_fx.loading`` and ``modes_fx.device``.
 
     Raises:
         ModelError: It cannot be loaded.
+        DeviceError: There is no such device.
     """
-    import torch
-
+    from modes_fx.device import choose_device
     from modes_fx.loading import load
 
     model, processor = load(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
-    if device_map is None and torch.cuda.is_available():
-        model.to(torch.device("cuda", torch.cuda.current_device()))
+    if device_map is None:
+        model.to(choose_device(device))
     return model, processor
 
 

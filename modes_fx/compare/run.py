@@ -26,11 +26,11 @@ from modes_fx.compare.samples import SampleScores
 from modes_fx.compare.speed import Speed, Stopwatch
 from modes_fx.compare.statistics import RoutingStatistics, routing_statistics
 from modes_fx.compare.tuning import Tuned, Tuner
+from modes_fx.device import device_name
 from modes_fx.errors import CalibrationError, UnreachableError
 from modes_fx.importance_fields import Mode
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
-from modes_fx.timing import cpu_name
 
 TARGETS = (0.5, 0.67, 0.75, 0.83, 0.88)
 
@@ -177,8 +177,7 @@ class _Match:
     def machine(self) -> tuple[str, str, int]:
         """What times depend on besides model and data."""
         device = next(self.model.parameters()).device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-        return device.type, name, torch.get_num_threads()
+        return device.type, device_name(device), torch.get_num_threads()
 
     def prepare_timing(self) -> None:
         """Choose the stock settings that rows are timed against; before the model is optimised."""

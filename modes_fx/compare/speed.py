@@ -11,7 +11,6 @@ import itertools
 import logging
 import math
 import statistics
-import time
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from modes_fx.errors import CalibrationError, in_a_line
 from modes_fx.graph.code import own_code
 from modes_fx.layers import Region, find_moe_layers
 from modes_fx.optimize import is_optimized, stats
-from modes_fx.timing import in_turn
+from modes_fx.timing import in_turn, now
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,7 @@ RECOMPILE_LIMIT = 64  # torch's own lets a setting run uncompiled without a word
 Times = dict[str, float]
 _COMPILED = {
     "moe": "MoE blocks", "layer": "decoder layers", "model": "all layers as one", "graph": "whole over a static cache",
+    "generate": "static cache",
 }  # fmt: skip
 
 
@@ -49,12 +49,12 @@ class Setting:
     Attributes:
         experts: Implementation of its experts; None: as the model was loaded.
         compiled: What of it ``torch.compile`` compiles, each in place; ``"graph"``: its whole call as one graph, for decoding
-            over a static cache, as ``generate`` does by itself.
+            over a static cache, as ``generate`` does by itself; ``"generate"``: what that compiles itself over a static cache.
         attention: Implementation of its attention; None: as the model was loaded.
     """
 
     experts: str | None = None
-    compiled: Region | Literal["graph"] | None = None
+    compiled: Region | Literal["graph", "generate"] | None = None
     attention: str | None = None
 
     def __str__(self) -> str:
@@ -69,6 +69,7 @@ SETTINGS = (
     Setting("eager"), Setting("grouped_mm"), Setting("grouped_mm", "moe"), Setting("grouped_mm", "layer"),
     Setting("grouped_mm", "model"),
 )  # fmt: skip
+STATIC = Setting("grouped_mm", "generate")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Stopwatch:
     """Times prefill and decoding of one batch of prompts.
 
     All stock settings are timed in turn, and the fastest of each phase is the bar from then on: it runs in turn with what is
-    compared to it.
+    compared to it, which decodes over a static cache where the bar does.
 
     Args:
         model: The model before it is optimised; stock twins that share its weights are made of it.
@@ -118,10 +119,11 @@ class Stopwatch:
         size, length = self._prompts["input_ids"].shape
         self.facts: dict[str, Any] = {"batch": size, "prompt_tokens": length, "threads": torch.get_num_threads()}
         wanted = [setting for setting in settings_of(model) if chosen is None or str(setting) in chosen.values()]
+        self._static = {str(setting) for setting in wanted if setting.compiled == "generate"}
         twins, failed = self._twins(model, wanted)
         if chosen is None:
             logger.info("timing %d stock settings", len(twins))
-            times = _in_turn({name: self._runner(twin) for name, twin in twins.items()}, on_step)
+            times = _in_turn({name: self._runner(twin, name in self._static) for name, twin in twins.items()}, on_step)
             medians = {name: {phase: _median(column) for phase, column in found.items()} for name, found in times.items()}
             self.facts["stock_ms"] = {
                 name: {phase: 1e3 * seconds for phase, seconds in found.items()} for name, found in medians.items()
@@ -132,14 +134,16 @@ class Stopwatch:
         if missing := set(self.chosen.values()) - twins.keys():
             reasons = "; ".join(f"{name}: {failed.get(name, 'no setting of this model')}" for name in sorted(missing))
             raise CalibrationError(f"A setting of stock that times were compared with does not run any more: {reasons}.")
-        self._stock = {name: self._runner(twins[name]) for name in dict.fromkeys(self.chosen.values())}
+        self._stock = {name: self._runner(twins[name], name in self._static) for name in dict.fromkeys(self.chosen.values())}
 
     def __call__(self, model: nn.Module) -> Speed:
         """Time an optimised model under the plan in force, in turn with the bar."""
-        found = _in_turn({**self._stock, "": self._runner(model)})
+        caches = {phase: "static" if name in self._static else "dynamic" for phase, name in self.chosen.items()}
+        mine = {cache: self._runner(model, cache == "static") for cache in dict.fromkeys(caches.values())}
+        found = _in_turn({**self._stock, **mine})
         times, ranges = {}, {}
         for phase in PHASES:
-            rounds = zip(found[self.chosen[phase]][phase], found[""][phase], strict=True)
+            rounds = zip(found[self.chosen[phase]][phase], found[caches[phase]][phase], strict=True)
             ratios = [bar / mine for bar, mine in rounds if mine > 0 and bar > 0]
             times[phase] = _median(ratios)
             ranges[phase] = (min(ratios, default=math.nan), max(ratios, default=math.nan))
@@ -155,7 +159,7 @@ class Stopwatch:
             try:
                 twin = stock_twin(model, setting)
                 for _ in range(WARM_UP):
-                    self._run(twin, stock=True)
+                    self._run(twin, static=str(setting) in self._static, stock=True)
                 twins[str(setting)] = twin
             except Exception as error:  # whatever a model's code or a compiler raises: the setting is none that users have
                 failed[str(setting)] = in_a_line(error)
@@ -165,18 +169,19 @@ class Stopwatch:
             )
         return twins, failed
 
-    def _runner(self, model: nn.Module) -> Callable[[], Times]:
-        return lambda: self._run(model, stock=not is_optimized(model))
+    def _runner(self, model: nn.Module, static: bool) -> Callable[[], Times]:
+        return lambda: self._run(model, static=static, stock=not is_optimized(model))
 
-    def _run(self, model: Any, stock: bool = False) -> Times:
+    def _run(self, model: Any, *, static: bool = False, stock: bool = False) -> Times:
         """Generate once; return the seconds of each phase, NaN where no token was timed."""
         limit: Any = {"recompile_limit": RECOMPILE_LIMIT} if stock else {}
+        cache = {"cache_implementation": "static"} if static else {}
         clock, tokens = _Clock(), 1 + NEW_TOKENS
         with torch._dynamo.config.patch(limit):
-            started = _now(self._prompts["input_ids"].device)
+            started = now(self._prompts["input_ids"].device)
             model.generate(
                 **self._prompts, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False,
-                stopping_criteria=StoppingCriteriaList([clock]),
+                stopping_criteria=StoppingCriteriaList([clock]), **cache,
             )  # fmt: skip
         steps = [later - earlier for earlier, later in itertools.pairwise(clock.seen)]
         return {"prefill": clock.seen[0] - started if clock.seen else math.nan, "decode": _median(steps)}
@@ -184,9 +189,15 @@ class Stopwatch:
 
 def settings_of(model: nn.Module) -> Sequence[Setting]:
     """Return the settings to try: those of the experts only where the model's go through transformers' interface."""
+    settings = (*SETTINGS, STATIC) if compiles_itself(model) else SETTINGS
     if any(layer.form is None for layer in find_moe_layers(model)) and hasattr(model, "set_experts_implementation"):
-        return SETTINGS
-    return tuple(dict.fromkeys(Setting(None, setting.compiled) for setting in SETTINGS))
+        return settings
+    return tuple(dict.fromkeys(Setting(None, setting.compiled) for setting in settings))
+
+
+def compiles_itself(model: nn.Module) -> bool:
+    """Return whether ``generate`` compiles this model over a static cache by itself; on a CPU it does not."""
+    return next(model.parameters()).device.type == "cuda"
 
 
 def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
@@ -199,7 +210,7 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
         twin.set_attn_implementation(setting.attention)
     if setting.compiled == "graph":
         return as_one_graph(twin)
-    if setting.compiled is not None:
+    if setting.compiled is not None and setting.compiled != "generate":
         regions = {id(region): region for layer in find_moe_layers(twin) if (region := layer.region(setting.compiled))}
         caller = _own_caller()
         for region in regions.values():
@@ -211,8 +222,9 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
 
 
 def as_one_graph(model: nn.Module) -> nn.Module:
-    """Return a model whose whole call is compiled as one graph of fixed sizes."""
-    compiled: nn.Module = torch.compile(model, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+    """Return a model whose whole call is compiled as one graph of fixed sizes; on a GPU as CUDA graphs, like ``generate``."""
+    mode = "reduce-overhead" if compiles_itself(model) else None
+    compiled: nn.Module = torch.compile(model, fullgraph=True, dynamic=False, mode=mode)  # type: ignore[assignment]
     return compiled
 
 
@@ -233,7 +245,7 @@ class _Clock(StoppingCriteria):
         self.seen: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.seen.append(_now(input_ids.device))
+        self.seen.append(now(input_ids.device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
@@ -243,12 +255,6 @@ def _in_turn(
     """Return the seconds of the timed rounds; see ``modes_fx.timing.in_turn``."""
     found = in_turn(runners, ROUNDS, WARM_UP, on_step=on_step)
     return {name: {phase: [seconds[phase] for seconds in column] for phase in PHASES} for name, column in found.items()}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _median(values: Sequence[float]) -> float:

@@ -51,7 +51,7 @@ def run_demo(
     """Run the main job and write ``plan.json``, ``report.json``, ``report.html``.
 
     Args:
-        load: Returns a fresh model and its processor.
+        load: Returns a fresh model, where everything is to run, and its processor.
         out: Folder to write to.
         targets: Skip ratios to search for.
         size: How much data to use.
@@ -98,7 +98,8 @@ def run_demo(
         optimize(model, SkipPlan.reduce_k(1))
         reduce_k = _evaluate_reduce_k(model, test, progress)
     with _timed(seconds, "time"):
-        prompts = collate(make_samples("test", 1), processor, answers=False)
+        device = next(model.parameters()).device
+        prompts = {key: value.to(device) for key, value in collate(make_samples("test", 1), processor, answers=False).items()}
         speed = time_settings(
             lambda: load()[0], prompts, plan, rounds=size.rounds, on_step=lambda d, n: progress("time against stock", d, n)
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from modes_fx.compare.speed import Setting, stock_twin
+from modes_fx.device import device_name
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
-from modes_fx.timing import cpu_name, in_turn
+from modes_fx.timing import cpu_name, in_turn, now
 
 _NEW_TOKENS = 24
 
@@ -32,7 +32,7 @@ def time_settings(
     Inductor (the same region that modes-fx compiles), and all its decoder layers as one.
 
     Args:
-        load: Returns a fresh model.
+        load: Returns a fresh model, where the prompts are.
         inputs: A batch of prompts.
         plan: modes-fx runs with all pairs kept, and at each target of the plan.
         rounds: Timed rounds; two more go before them to compile and warm up.
@@ -68,6 +68,7 @@ def time_settings(
         return run
 
     found = in_turn({name: timer(prepare) for name, prepare in settings.items()}, rounds, 2, on_step=on_step)
+    device = inputs["input_ids"].device
     return {
         "prefill_ms": _medians(found, 0),
         "decode_ms_per_token": _medians(found, 1),
@@ -77,15 +78,17 @@ def time_settings(
             "prompt_tokens": inputs["input_ids"].shape[1],
             "dtype": str(next(stock.parameters()).dtype).removeprefix("torch."),
             "cpu": cpu_name(),
+            **({"gpu": device_name(device)} if device.type == "cuda" else {}),
             "rounds": rounds,
         },
     }
 
 
 def _seconds(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> float:
-    started = time.perf_counter()
+    device = inputs["input_ids"].device
+    started = now(device)
     model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False)
-    return time.perf_counter() - started
+    return now(device) - started
 
 
 def _medians(times: Mapping[str, Sequence[tuple[float, float]]], phase: int) -> dict[str, float]:

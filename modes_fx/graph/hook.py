@@ -63,7 +63,7 @@ def install() -> None:
 def _sources() -> str:
     digest = hashlib.sha256()
     for package in (graph, kernels, passes, policies):
-        for path in sorted(Path(package.__path__[0]).iterdir()):
+        for path in sorted(Path(package.__path__[0]).rglob("*")):
             if path.suffix in (".py", ".cpp"):
                 digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -2,5 +2,5 @@
 
 Their weights are read as they lie in memory, each once for all rows of its expert; gathering the rows that go in and adding up
 the weighted rows that come out happen in the same pass. ``passes/kept_gemms.py`` puts them in the place of ``grouped_mm``, and
-``passes/dense.py`` one of them in the place of other linear layers that meet few rows.
+``passes/dense.py`` one of them in the place of other linear layers that meet few rows. ``cuda`` holds those for NVIDIA GPUs.
 """

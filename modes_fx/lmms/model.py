@@ -16,6 +16,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 import modes_fx
+from modes_fx.device import choose_device
 from modes_fx.errors import ModesFxError, PlanError
 from modes_fx.layers import Region
 from modes_fx.lmms.generation import chat, cut, generation_settings
@@ -88,7 +89,7 @@ class ModesFx(lmms):  # type: ignore[misc]
                 trust_remote_code=trust_remote_code, sees_images=True, processor_settings=sizes,
             )  # fmt: skip
             if device_map is None:
-                model.to(device or _default_device())
+                model.to(device or choose_device())
         if optimize and (plan is not None or target is not None or live_stats(model) is None):
             modes_fx.optimize(model, plan, target=target, region=region, dispatch=dispatch)
         self.model, self.processor = model, processor
@@ -173,7 +174,3 @@ class ModesFx(lmms):  # type: ignore[misc]
             ModesFxError: Always.
         """
         raise ModesFxError("--model modes_fx runs tasks whose output_type is generate_until, not generate_until_multi_round.")
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

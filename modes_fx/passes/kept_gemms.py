@@ -14,8 +14,6 @@ bfloat16, quantised weights, and weights that do not lie along the inner dimensi
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -24,15 +22,16 @@ from modes_fx.kernels.ops import DTYPES
 from modes_fx.kernels.packed import PackedWeight
 from modes_fx.passes.compact import add_rows, replace_rows
 from modes_fx.passes.emit import Emitter, erase_dead
-from modes_fx.passes.rowwise import GROUPED, is_in_place
+from modes_fx.passes.gemms import feeds_only, gemms_of, is_row_major, multiplied_last, stored_weight, uncast, weight_of
+from modes_fx.passes.rowwise import is_in_place
 from modes_fx.passes.site import RoutingSite
-from modes_fx.passes.walk import argument, input_of, is_method
+from modes_fx.passes.walk import argument, input_of
 
 
 def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     """Return why a site's GEMMs cannot be our kernels; "" where they can."""
     node = {item.name: item for item in graph.nodes}
-    gemms = _gemms(node, site)
+    gemms = gemms_of(node, site)
     if site.perm is None or not gemms:
         return "its GEMMs are not those of grouped_mm"
     if node[site.hidden_TH].meta["example_value"].device.type not in ("cpu", "meta"):  # meta: what a CPU would get
@@ -40,8 +39,8 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     if torch.is_grad_enabled():
         return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
     for gemm in gemms:
-        rows, weight = input_of(gemm), _stored(gemm)
-        if weight is None:
+        rows, weight = input_of(gemm), stored_weight(gemm)
+        if not is_row_major(gemm):
             return "its weights lie along their outer dimension: optimize(..., prepack=True) turns them"
         value = weight.meta["example_value"]
         if is_traceable_wrapper_subclass(value) and not isinstance(value, PackedWeight):
@@ -55,8 +54,7 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
 def kind(graph: fx.Graph, site: RoutingSite) -> str:
     """Return which kernels a site's GEMMs will be."""
     node = {item.name: item for item in graph.nodes}
-    weights = [_stored(gemm) for gemm in _gemms(node, site)]
-    packed = [weight is not None and isinstance(weight.meta["example_value"], PackedWeight) for weight in weights]
+    packed = [isinstance(stored_weight(gemm).meta["example_value"], PackedWeight) for gemm in gemms_of(node, site)]
     return "packed kernels" if all(packed) else "kernels"
 
 
@@ -72,63 +70,26 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     replace_rows(stock, rows, users, until=node[site.weighted])
     row_weights, row_hidden = rows[1:]
     combined, weighted = node[site.combined], node[site.weighted]
-    gemms = _gemms(node, site)
+    gemms = gemms_of(node, site)
     dtype = combined.meta["example_value"].dtype
-    last = next((item for item in weighted.all_input_nodes if item in gemms and set(item.users) == {weighted}), None)
-    gathers = _feeds_only(row_hidden, gemms)  # else the rows have to be there, for others or to be changed
+    last = multiplied_last(weighted, gemms)
+    gathers = feeds_only(row_hidden, gemms)  # else the rows have to be there, for others or to be changed
     for gemm in gemms:
         if gemm is last:
             continue
-        takes = [input_of(gemm), _weight(gemm), offsets]
-        if gathers and _uncast(takes[0]) is row_hidden:
-            takes = [hidden, _weight(gemm), offsets, pairs]
+        takes = [input_of(gemm), weight_of(gemm), offsets]
+        if gathers and uncast(takes[0]) is row_hidden:
+            takes = [hidden, weight_of(gemm), offsets, pairs]
         (product,) = Emitter(before=gemm).trace(_linear, *takes, top_k=site.top_k)
         gemm.replace_all_uses_with(product)
     if last is None:
         (summed,) = Emitter(before=combined).trace(add_rows, weighted, pair_token, hidden, dtype=dtype)
     else:
-        given = [input_of(last), pairs, row_weights, _weight(last), offsets, hidden]
+        given = [input_of(last), pairs, row_weights, weight_of(last), offsets, hidden]
         (summed,) = Emitter(before=combined).trace(_linear_combine, *given, top_k=site.top_k, dtype=dtype)
     combined.replace_all_uses_with(summed)
     replaced = [node[name] for name in (*site.scaffold, *site.body, *site.counting) if not is_in_place(node[name])]
     erase_dead([*replaced, pair_token, *rows])
-
-
-def _gemms(node: dict[str, fx.Node], site: RoutingSite) -> list[fx.Node]:
-    return [node[name] for name in site.body if getattr(node[name].target, "__name__", "") in GROUPED]
-
-
-def _stored(gemm: fx.Node) -> fx.Node | None:
-    """Return the weight of a GEMM as it is stored, [E, N, D] or [E, D, N], if it lies along D in memory."""
-    right = input_of(gemm, 1)
-    stored = input_of(right) if _is_transpose(right) else right
-    return stored if stored.meta["example_value"].stride(1 if stored is right else 2) == 1 else None
-
-
-def _weight(gemm: fx.Node) -> fx.Node:
-    """Return the weight [E, N, D] of a GEMM; one that is stored otherwise gets a view in front of the GEMM."""
-    right = input_of(gemm, 1)
-    return input_of(right) if _is_transpose(right) else Emitter(before=gemm).trace(_transpose, right)[0]
-
-
-def _is_transpose(node: fx.Node) -> bool:
-    return is_method(node, "transpose") and {argument(node, 1, "dim0") % 3, argument(node, 2, "dim1") % 3} == {1, 2}
-
-
-def _transpose(weight: Tensor) -> Tensor:
-    return weight.transpose(1, 2)
-
-
-def _feeds_only(node: fx.Node, gemms: Collection[fx.Node]) -> bool:
-    """Return whether nothing but GEMMs sees a node's value, or changes it, also through conversions that change nothing."""
-    return all(user in gemms or (_uncast(user) is not user and _feeds_only(user, gemms)) for user in node.users)
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """Look through conversions to the dtype that a node has."""
-    while is_method(node, "to") and input_of(node).meta["example_value"].dtype == node.meta["example_value"].dtype:
-        node = input_of(node)
-    return node
 
 
 def _select(

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from modes_fx.passes import batched_mm, compact, dense, grouped_mm, kept_gemms, static
+from modes_fx.passes import batched_mm, compact, dense, grouped_mm, kept_blocks, kept_gemms, static
 from modes_fx.passes.emit import Emitter, erase_unused
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
 from modes_fx.passes.walk import is_getitem, is_marker
@@ -27,7 +27,8 @@ from modes_fx.policies import decide, rule_of
 Dispatch = Literal["auto", "compact", "static"]
 
 FORMS = (grouped_mm, batched_mm)
-_REWRITES = {"compact": compact.rewrite, "static": static.rewrite}
+_REWRITES = {"compact": (compact, kept_gemms), "static": (static, kept_blocks)}
+"""What computes kept pairs by torch's own GEMMs, and by kernels of ours."""
 _VIEWS = {"reshape", "view", "flatten"}
 
 
@@ -84,8 +85,9 @@ def _rewrite(marker: fx.Node, site: RoutingSite | None, refused: Iterable[tuple[
     node = {item.name: item for item in marker.graph.nodes}
     hidden = node[site.hidden_TH].meta["example_value"]
     form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
-    why_not = kept_gemms.why_not(marker.graph, site) if form == "compact" else "static dispatch"
-    rewrite, gemms = (_REWRITES[form], why_not) if why_not else (kept_gemms.rewrite, kept_gemms.kind(marker.graph, site))
+    stock, ours = _REWRITES[form]
+    why_not = ours.why_not(marker.graph, site)
+    rewrite, gemms = (stock.rewrite, why_not) if why_not else (ours.rewrite, ours.kind(marker.graph, site))
     if form == "compact":
         _allow_kept_lengths(hidden)
     tensors = [item for item in (weights, ids, classes, bounds, table) if item is not None]

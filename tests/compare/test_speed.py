@@ -43,7 +43,7 @@ def ticking(monkeypatch: pytest.MonkeyPatch, seconds: Callable[[nn.Module, int],
             now, step = now + seconds(model, step), step + 1
         return now
 
-    monkeypatch.setattr(speed, "_now", tell)
+    monkeypatch.setattr(speed, "now", tell)
 
 
 def setting_of(model: nn.Module) -> str:
@@ -67,6 +67,28 @@ def test_the_bar_is_the_fastest_setting_of_each_phase(vlm: nn.Module, monkeypatc
     again = Stopwatch(vlm, BATCH, watch.chosen)
     assert again.chosen == watch.chosen
     assert "stock_ms" not in again.facts
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_where_generate_compiles_a_static_cache_both_sides_decode_over_one(
+    vlm: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches: list[str | None] = []
+    generate = type(vlm).generate
+
+    def noting(self: nn.Module, **settings: object) -> object:
+        caches.append(settings.get("cache_implementation"))
+        return generate(self, **settings)
+
+    monkeypatch.setattr(type(vlm), "generate", noting)
+    monkeypatch.setattr(speed, "compiles_itself", lambda model: True)
+    monkeypatch.setattr(speed, "SETTINGS", (Setting("grouped_mm"),))
+    times = {None: (2.0, 8.0), "static": (4.0, 1.0)}
+    ticking(monkeypatch, lambda model, step: times[caches[-1]][min(step, 1)] / (2 if hasattr(model, "_modes_fx") else 1))
+    watch = Stopwatch(vlm, BATCH)
+    assert watch.chosen == {"prefill": "grouped_mm", "decode": "grouped_mm, static cache compiled"}
+    assert watch(modes_fx.optimize(vlm)).times == {"prefill": 2.0, "decode": 2.0}
+    assert Stopwatch(vlm, BATCH, watch.chosen).chosen == watch.chosen
 
 
 @pytest.mark.usefixtures("without_inductor")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modes_fx.layers import find_moe_layers
+from tests import harness
 from tests.families.family import Family
 from tests.families.text import TEXT
 from tests.families.vision import VISION
@@ -26,3 +27,12 @@ def test_experts_in_every_form(family: Family) -> None:
         for (stock_form, dtype), dispatch in FORMS:
             dynamic = dtype is torch.float32
             check_experts(layer.experts, layer.hidden_size, stock_form, dispatch, dtype, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("form", [harness.SORTED, harness.PAIRS])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_experts_by_triton_programs(family: Family, form: str) -> None:
+    pytest.importorskip("triton")
+    kinds = {type(layer.experts): layer for layer in find_moe_layers(family.build())}
+    for layer in kinds.values():
+        check_experts(layer.experts, layer.hidden_size, "grouped_mm", form, torch.float32)

@@ -108,6 +108,13 @@ def test_its_identity_changes_with_rules_and_with_other_hooks() -> None:
     assert hook.SkipMarked([lambda graph: None]).uuid() is None  # nobody knows what it does: nothing may be cached
 
 
+def test_its_identity_changes_with_every_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, read = hook._sources.__wrapped__(), Path.read_bytes
+    for name in ("experts.cpp", "programs.py", "threshold.py"):
+        monkeypatch.setattr(Path, "read_bytes", lambda path, name=name: read(path) + b"#" * (path.name == name))
+        assert hook._sources.__wrapped__() != before
+
+
 @pytest.mark.usefixtures("rules")
 def test_another_rule_does_not_get_a_cached_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

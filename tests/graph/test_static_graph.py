@@ -16,7 +16,7 @@ import modes_fx
 from modes_fx.graph.backend import rewrite
 from modes_fx.graph.in_force import InForce
 from modes_fx.plan import PlanPoint, SkipPlan
-from tests import tiny
+from tests import harness, tiny
 from tests.harness import logits
 from tests.passes.test_static import assert_waits_for_nothing
 
@@ -28,9 +28,10 @@ pytestmark = [
 PLAN = SkipPlan.uniform(text=0.25, vision=0.4)
 
 
-def decoded(family: str) -> tuple[Any, fx.GraphModule, list[fx.Node]]:
+def decoded(family: str, form: str = "static") -> tuple[Any, fx.GraphModule, list[fx.Node]]:
     """Return an optimised model, the rewritten graph of its decode step over a static cache, and the graph's inputs before."""
-    model = modes_fx.optimize(tiny.make(family, torch.bfloat16), PLAN, dispatch="static")
+    dtype = torch.bfloat16 if form == "static" else torch.float32  # Triton's interpreter multiplies bfloat16 wrongly
+    model = modes_fx.optimize(tiny.make(family, dtype), PLAN, dispatch="static")
     runtime = model._modes_fx.runtime
     runtime.in_force = runtime.in_force.marked_static()
     graphs: list[tuple[fx.GraphModule, list[fx.Node]]] = []
@@ -42,17 +43,22 @@ def decoded(family: str) -> tuple[Any, fx.GraphModule, list[fx.Node]]:
         return module.forward
 
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=16)
-    with torch.no_grad():
+    with torch.no_grad(), harness.kernels(form):
         model(tiny.text_batch(2, 5)["input_ids"], past_key_values=cache)
         torch.compile(model, backend=backend, fullgraph=True)(torch.tensor([[5], [6]]), past_key_values=cache)
     ((module, before),) = graphs
     return model, module, before
 
 
+@pytest.mark.parametrize("form", ["static", harness.SORTED, harness.PAIRS])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_nothing_waits_for_the_host_and_no_input_loses_its_mark(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_waits_for_the_host_and_no_input_loses_its_mark(
+    family: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if form != "static":
+        pytest.importorskip("triton")
     monkeypatch.setattr(InForce, "snapshot", InForce.copied)  # as elsewhere than on a CPU
-    model, module, before = decoded(family)
+    model, module, before = decoded(family, form)
     assert_waits_for_nothing(module.graph, "example_value")
     assert [node for node in module.graph.nodes if node.op == "placeholder"] == before  # dynamo's own, none added
     assert all(hasattr(node, "_dynamo_source") for node in before)
@@ -65,7 +71,7 @@ def test_nothing_waits_for_the_host_and_no_input_loses_its_mark(family: str, mon
 
 
 def test_on_a_cpu_no_kernel_holds_the_index_of_a_layer() -> None:
-    _, module, before = decoded("qwen3_moe")
+    _, _, before = decoded("qwen3_moe")
     rows = [node for node in before if "in_force" in node.name]
     assert [node.meta["example_value"].dim() for node in rows] == [1, 1]  # each layer's own: code that layers can share
 

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from tests import oracle, tiny
+from tests import harness, oracle, tiny
 from tests.passes.conftest import FORMS, form_id
 from tests.passes.experts import check_experts
 
@@ -45,6 +45,13 @@ EXPERTS = {
     "nemotron_h": nemotron_h,
     "muse_spark": muse_spark,
 }
+
+
+@pytest.mark.parametrize("form", [harness.SORTED, harness.PAIRS])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_of_a_family_skip_by_triton_programs(family: str, form: str) -> None:
+    pytest.importorskip("triton")
+    check_experts(EXPERTS[family](), HIDDEN, "grouped_mm", form, torch.float32, dynamic=form == harness.SORTED)
 
 
 IN_BFLOAT16 = ("gpt_oss", "muse_spark")

@@ -1,0 +1,200 @@
+"""What ``gpu_check`` measures: each part builds what it needs and yields times of stock's settings and of modes-fx, in turn."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from modes_fx.bench.models import block_of, build, draw, route
+from modes_fx.bench.presets import config_of
+from modes_fx.bench.settings import DEFAULT, Contender, Twins, thresholds
+from modes_fx.compare.speed import RECOMPILE_LIMIT, Setting
+from modes_fx.errors import ModesFxError, in_a_line
+from modes_fx.modality import token_modality
+from modes_fx.timing import in_turn, now
+
+DECODE, PREFILL = (0.0, 0.5, 0.88), (0.0, 0.75, 0.88)  # skipped
+OURS = "modes-fx"
+ROUNDS = 7
+FLUSH_BYTES = 256 * 2**20
+COMPILED, BATCHED, BATCHED_COMPILED = Setting("grouped_mm", "moe"), Setting("batched_mm"), Setting("batched_mm", "moe")
+
+Key = tuple[str, float]
+Ready = Callable[[Contender], Callable[[], float]]
+Timed = tuple[dict[Key, list[float]], dict[Key, str]]
+"""Milliseconds of each contender by name and skip ratio, a value a round, and why others do not run."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What is built: ``language`` is laid over the config of Qwen3-30B-A3B."""
+
+    preset: str = "qwen3-vl-30b-a3b"
+    layers: int = 48
+    language: Mapping[str, int] = field(default_factory=lambda: {"num_hidden_layers": 8, "vocab_size": 151_936})
+    prompt: int = 2048
+    new_tokens: int = 33
+    tokens: int = 8192
+    context: int = 1024
+    memory_gb: int = 64  # of the deep stack; its weights take 60
+
+
+TINY = Shapes("tiny", 2, {"num_hidden_layers": 2, "vocab_size": 256, "hidden_size": 64, "moe_intermediate_size": 32,
+    "num_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    prompt=32, new_tokens=5, tokens=64, context=16, memory_gb=0)  # fmt: skip
+
+
+def generate(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
+    """Decode with ``generate``: the time of many tokens less that of one."""
+    config = config_of("internvl-3.5-30b", 1)
+    config.update(shapes.language)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    ids = torch.randint(3, config.vocab_size, (1, shapes.prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    stock, *ours = [*Twins(model).stock((DEFAULT,), 1), *Twins(model).ours(taus_of(model, {"input_ids": ids}))]
+
+    def ready(each: Contender) -> Callable[[], float]:
+        cache = {"cache_implementation": "static"} if each.static else {}
+
+        def ms_of(tokens: int) -> float:
+            model, count = each.model, {"min_new_tokens": tokens, "max_new_tokens": tokens}
+            started = now(device)
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **count, **cache)
+            return 1e3 * (now(device) - started)
+
+        def a_token() -> float:
+            return (ms_of(shapes.new_tokens) - ms_of(1)) / (shapes.new_tokens - 1)
+
+        a_token()
+        return a_token
+
+    static = [replace(each, static=True) for each in (replace(stock, name="stock, static cache compiled"), *ours)]
+    yield "8 layers, generate, static cache, decode", timed([stock, *static], ready)
+    yield "8 layers, generate, dynamic cache, decode", timed([stock, *ours], ready)
+
+
+def block(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
+    """One MoE block against itself compiled."""
+    block = block_of(build(shapes.preset, 1, device=device))
+    taus = taus_of(block, {"inputs_embeds": drawn(4096, block, device)})
+    for what, tokens in (("block, 1 token, graph", 1), ("block, 8192 tokens", shapes.tokens)):
+        twins, x = Twins(block), drawn(tokens, block, device)
+        contenders = [*twins.stock((COMPILED, BATCHED_COMPILED), tokens), *twins.ours(taus)]
+        with token_modality(torch.zeros(1, tokens, dtype=torch.int64, device=device)):
+            yield what, timed(contenders, caller(lambda model, x=x: model(x), device, graph=tokens == 1))
+
+
+def decode(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
+    """A step of all layers over a cache."""
+    stack, taus = deep_stack(shapes, device, DECODE)
+    for batch in (1, 16):
+        twins, cache = Twins(stack), DynamicCache(config=stack.config)
+        prompt = drawn(batch * shapes.context, stack, device).view(batch, shapes.context, -1)
+        stack(inputs_embeds=prompt, past_key_values=cache, use_cache=True)
+        token = drawn(batch, stack, device).view(batch, 1, -1)
+
+        def step(model: Any, cache: Any = cache, token: Tensor = token) -> Any:
+            mine = copy.copy(cache)
+            mine.layers = [copy.copy(layer) for layer in cache.layers]  # a step puts new tensors in the place of theirs
+            return model(inputs_embeds=token, past_key_values=mine, use_cache=True)
+
+        contenders = [*twins.stock((DEFAULT, COMPILED, BATCHED, BATCHED_COMPILED), batch), *twins.ours(taus)]
+        with token_modality(torch.zeros(batch, 1, dtype=torch.int64, device=device)):
+            yield f"48 layers, decode, batch {batch}, graph", timed(contenders, caller(step, device, graph=True))
+
+
+def prefill(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
+    """A prompt through all layers, three quarters of it visual, against stock's default."""
+    stack, taus = deep_stack(shapes, device, PREFILL)
+    twins, x = Twins(stack), drawn(shapes.tokens, stack, device)
+    contenders = [*twins.stock((DEFAULT,), shapes.tokens), *twins.ours(taus)]
+    with token_modality((torch.arange(shapes.tokens, device=device) < 0.75 * shapes.tokens).long().unsqueeze(0)):
+        call = caller(lambda model: model(inputs_embeds=x, use_cache=False), device, graph=False)
+        yield "48 layers, prefill 8192", timed(contenders, call)
+
+
+PARTS = {"generate": generate, "block": block, "decode": decode, "prefill": prefill}
+
+
+def deep_stack(shapes: Shapes, device: torch.device, skips: Sequence[float]) -> tuple[Any, Any]:
+    """Return all layers and their thresholds, if they fit."""
+    free = torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else shapes.memory_gb
+    if free < shapes.memory_gb:
+        raise ModesFxError(f"{shapes.layers} layers need {shapes.memory_gb} GB of memory, {free:.0f} are free")
+    stack = build(shapes.preset, shapes.layers, device=device)
+    return stack, taus_of(stack, {"inputs_embeds": drawn(1024, stack, device), "use_cache": False}, skips)
+
+
+def drawn(tokens: int, model: Any, device: torch.device) -> Tensor:
+    """Return random inputs, bfloat16 [1, T, H]."""
+    return draw(tokens, model.config.hidden_size, "uniform", tokens).to(device)
+
+
+def taus_of(model: nn.Module, sample: Mapping[str, Any], skips: Sequence[float] = DECODE) -> Any:
+    """Return thresholds by skip ratio, taken from the routing of a sample."""
+    routings = route(model, sample)
+    return thresholds(routings, torch.zeros_like(routings[0].ids[:, 0], dtype=torch.bool), skips)
+
+
+def caller(call: Callable[[Any], Any], device: torch.device, *, graph: bool) -> Ready:
+    """Return what compiles a contender, on a GPU captures it where a graph is asked for, and returns what times a call."""
+    flushed = torch.ones(FLUSH_BYTES // 4, device=device)
+
+    def ready(each: Contender) -> Callable[[], float]:
+        for _ in range(2):
+            call(each.model)
+        run = captured(lambda: call(each.model)) if graph and device.type == "cuda" else None
+
+        def ms() -> float:
+            flushed.amax()
+            if run is not None:
+                started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                started.record()
+                run()
+                ended.record()
+                ended.synchronize()
+                return float(started.elapsed_time(ended))
+            began = now(device)
+            call(each.model)
+            return 1e3 * (now(device) - began)
+
+        return ms
+
+    return ready
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], None]:
+    """Return the replay of a call's CUDA graph."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def timed(contenders: Iterable[Contender], ready: Ready) -> Timed:
+    """Time contenders in turn, each ready beforehand; those that do not run are left out."""
+    runners: dict[Key, Callable[[], float]] = {}
+    failed: dict[Key, str] = {}
+    for each in contenders:
+        key = ("modes-fx" if each.kind == "ours" else each.name, each.skip)
+        limit = {} if each.kind == "ours" else {"recompile_limit": RECOMPILE_LIMIT}
+
+        def run(measure: Callable[[], Any], each: Contender = each, limit: Mapping[str, int] = limit) -> Any:
+            with torch._dynamo.config.patch(limit):
+                each.prepare()
+                return measure()
+
+        try:
+            runners[key] = functools.partial(run, run(functools.partial(ready, each)))
+        except Exception as error:  # whatever a model's code, a compiler or a GPU raises: the others go on
+            failed[key] = in_a_line(error)
+    return in_turn(runners, ROUNDS, 1), failed

@@ -1,0 +1,149 @@
+"""Experts over kept pairs on an NVIDIA GPU as torch operations, which Inductor and CUDA graphs see through.
+
+Shapes: T tokens, K experts a token, S = T * K pairs (a *pair* is token * K + rank), E experts, D inner and N outer size. All
+are fixed, whatever is kept: rows of dropped pairs are left as the allocator gives them, and no operation here reads them.
+``experts`` is int32 [S], a pair's expert, or E for one that is dropped. Weights are [E, N, D] with any strides, and where the
+result is ``gated`` ("silu", "gelu" or "gelu_tanh") [E, 2 * N, D], gate before up. They and x are float32, bfloat16 or float16;
+sums are float32, and float32 is multiplied as TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so. No gradients.
+
+Many rows, sorted by expert, where ``order`` int64 [S] is the pair of each row, dropped ones last::
+
+    cut_rows(ends, order, rows) -> blocks
+
+Cut rows into blocks of one expert and at most so many rows. ``ends`` int32 [E] says where each expert's rows end. ::
+
+    block_linear(x, order, blocks, weight, top_k, scatter, gated, size) -> y
+
+Multiply each row by its expert's weight: y [S, N]. x is [T, D] and each row takes its token's, or with top_k 0 [S, D]. y lies
+in rows, or with ``scatter`` in pairs. ``size``: a ``sizes.Size`` as a list, whose ``rows`` the blocks were cut with. ::
+
+    pair_sum(y, experts, weights, top_k, num_experts) -> total
+
+Add up the kept pairs of each token, each times its weight if there are weights [S]: y [S, N] in pairs, total [T, N].
+
+Few rows, which are pairs from the start::
+
+    pair_linear(x, experts, weight, top_k, gated) -> y
+    pair_combine(x, experts, weights, weight, top_k) -> total
+
+The first is ``block_linear`` with x [T, D], or [S, D] where top_k is 1; the second multiplies [S, D], weights and adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from modes_fx.kernels.cuda import programs
+from modes_fx.kernels.cuda.sizes import PAIR_TILE, PAIR_TILE_TURNED
+
+_STEP = 64
+_SUM_COLUMNS = 1024
+
+
+def _cut_rows(ends: Tensor, order: Tensor, rows: int) -> Tensor:
+    experts = ends.shape[0]
+    most = order.shape[0] // rows + experts  # each expert has one block that is not full, at most
+    blocks = ends.new_empty(3, most)
+    padded = 1 << (experts - 1).bit_length()
+    wrap_triton(programs.cut_rows)[(experts + 1,)](ends, blocks, most, experts, padded, rows, _STEP)
+    return blocks
+
+
+def _block_linear(
+    x: Tensor, order: Tensor, blocks: Tensor, weight: Tensor, top_k: int, scatter: bool, gated: str, size: Sequence[int]
+) -> Tensor:
+    rows, most_columns, inner, warps, stages = size
+    columns, width = _columns(weight, gated), x.shape[1]
+    tile = _tile(columns, most_columns)
+    step = _tile(width, inner * 2 // x.element_size())
+    y = x.new_empty(order.shape[0], columns)
+    wrap_triton(programs.block_linear)[(blocks.shape[1] * _parts(columns, tile),)](
+        x.contiguous(), weight, y, order, blocks, blocks.shape[1], *weight.stride(), columns, width, top_k or 1, top_k > 0,
+        scatter, gated, _precision(x), rows, tile, step, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return y
+
+
+def _pair_linear(x: Tensor, experts: Tensor, weight: Tensor, top_k: int, gated: str) -> Tensor:
+    columns, width = _columns(weight, gated), x.shape[1]
+    tile, step = _pair_tile(weight, width)
+    y = x.new_empty(experts.shape[0], columns)
+    wrap_triton(programs.pair_linear)[(experts.shape[0], _parts(columns, tile))](
+        x.contiguous(), weight, y, experts, *weight.stride(), weight.shape[0], columns, width, top_k, gated,
+        tile, step,
+    )  # fmt: skip
+    return y
+
+
+def _pair_combine(x: Tensor, experts: Tensor, weights: Tensor, weight: Tensor, top_k: int) -> Tensor:
+    columns, width = _columns(weight, ""), x.shape[1]
+    tile, step = _pair_tile(weight, width)
+    tokens = experts.shape[0] // top_k
+    total = x.new_empty(tokens, columns)
+    wrap_triton(programs.pair_combine)[(tokens, _parts(columns, tile))](
+        x.contiguous(), weight, total, experts, weights.contiguous(), *weight.stride(), weight.shape[0], columns, width, top_k,
+        tile, step,
+    )  # fmt: skip
+    return total
+
+
+def _pair_sum(y: Tensor, experts: Tensor, weights: Tensor | None, top_k: int, num_experts: int) -> Tensor:
+    columns, tokens = y.shape[1], experts.shape[0] // top_k
+    total = y.new_empty(tokens, columns)
+    tile = _tile(columns, _SUM_COLUMNS)
+    wrap_triton(programs.pair_sum)[(tokens, _parts(columns, tile))](
+        y.contiguous(), total, experts, y if weights is None else weights.contiguous(), num_experts, columns, top_k,
+        weights is not None, tile,
+    )  # fmt: skip
+    return total
+
+
+def _columns(weight: Tensor, gated: str) -> int:
+    return weight.shape[1] // 2 if gated else weight.shape[1]
+
+
+def _pair_tile(weight: Tensor, width: int) -> tuple[int, int]:
+    columns, inner = PAIR_TILE_TURNED if weight.stride(1) == 1 else PAIR_TILE
+    return columns, _tile(width, inner)
+
+
+def _parts(length: int, part: int) -> int:
+    return -(-length // part)
+
+
+def _tile(length: int, most: int) -> int:
+    """Return a power of two for a dimension, of at least 16, which tensor cores ask for."""
+    return min(most, max(16, 1 << (length - 1).bit_length()))
+
+
+def _precision(x: Tensor) -> str:
+    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _define(function: Callable[..., Tensor], shape: Callable[..., Tensor]) -> Any:
+    """Make an operation of a function; ``shape`` makes an empty result, for traces, without Triton."""
+    operation: Any = triton_op(f"modes_fx::{function.__name__.lstrip('_')}", function, mutates_args=())
+    operation.register_fake(shape)
+    return operation._opoverload
+
+
+cut_rows = _define(_cut_rows, lambda ends, order, rows: ends.new_empty(3, order.shape[0] // rows + ends.shape[0]))
+block_linear = _define(
+    _block_linear,
+    lambda x, order, blocks, weight, top_k, scatter, gated, size: x.new_empty(order.shape[0], _columns(weight, gated)),
+)
+pair_linear = _define(
+    _pair_linear, lambda x, experts, weight, top_k, gated: x.new_empty(experts.shape[0], _columns(weight, gated))
+)
+pair_combine = _define(
+    _pair_combine,
+    lambda x, experts, weights, weight, top_k: x.new_empty(experts.shape[0] // top_k, weight.shape[1]),
+)
+pair_sum = _define(
+    _pair_sum, lambda y, experts, weights, top_k, num_experts: y.new_empty(experts.shape[0] // top_k, y.shape[1])
+)
