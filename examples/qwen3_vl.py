@@ -25,6 +25,7 @@ import modes_fx
 from modes_fx import demo
 from modes_fx.calib import layer_importance, search
 from modes_fx.data import Sample, load_samples, make_batches
+from modes_fx.files import check_writable
 
 NEW_TOKENS = 16
 
@@ -51,6 +52,7 @@ def arguments() -> argparse.Namespace:
         parser.error("pass --data, or --tiny")
     if options.image is not None and not options.image.is_file():
         parser.error(f"there is no image {options.image}")
+    check_writable(options.out, folder=True)  # known before hours of work
     return options
 
 

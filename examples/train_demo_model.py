@@ -24,6 +24,7 @@ from transformers import ProcessorMixin, Qwen3VLMoeForConditionalGeneration
 
 from modes_fx.demo.data import make_samples
 from modes_fx.demo.questions import KINDS
+from modes_fx.files import check_writable
 
 logger = logging.getLogger("train_demo_model")
 
@@ -66,6 +67,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
     args = parser.parse_args()
     check_is_ours(args.out)  # now, not when the work is done
+    check_writable(args.out, folder=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(1)  # also what makes a run repeat itself exactly

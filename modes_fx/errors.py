@@ -41,6 +41,11 @@ class DeviceError(ModesFxError, ValueError):
     """There is no such device on this machine, or two options name different ones."""
 
 
+def printable(text: str) -> str:
+    """Return text as a screen may show it: control characters, which files can hold too, in their Python spelling."""
+    return "".join(each if each.isprintable() or each in "\n\t" else ascii(each)[1:-1] for each in text)
+
+
 def in_a_line(error: Exception) -> str:
     """Return an error's type and the first line of what it says."""
     lines = str(error).strip().splitlines()

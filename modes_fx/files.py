@@ -35,7 +35,7 @@ def check_writable(path: str | os.PathLike[str], *, folder: bool = False) -> Non
         else:  # folders will be made in it
             os.rmdir(tempfile.mkdtemp(dir=place, prefix=f".{path.name}."))
     except OSError as error:
-        raise ModesFxError(f"{path} cannot be written: {error.strerror}. Name a file in a folder that can.") from error
+        raise ModesFxError(f"{path} cannot be written: {error.strerror}. Name another place.") from error
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:

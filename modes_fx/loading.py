@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from modes_fx.errors import ModelError
 from modes_fx.locating import DEMO
 from modes_fx.waiting import look_up
+
+logger = logging.getLogger(__name__)
 
 
 def check_torchvision() -> None:
@@ -92,6 +95,7 @@ def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool)
         settings["device_map"] = device_map
     if trust_remote_code:
         settings["trust_remote_code"] = True
+    logger.info("loading the %s model %s", config.model_type, name)
     try:
         model, found = _maybe_looked_up(
             name, "the weights", lambda: kind.from_pretrained(name, output_loading_info=True, **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from modes_fx.errors import ModelError
 from modes_fx.locating import locate
 from modes_fx.waiting import look_up
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -92,6 +95,7 @@ def build_on_meta(config: PretrainedConfig, *, trust_remote_code: bool = False) 
     """
     if not isinstance(config, PretrainedConfig):
         raise ModelError(f"A model, its config, or the name of one is needed, got {type(config).__name__}.")
+    logger.info("building the %s model without its weights", config.model_type)
     config = copy.deepcopy(config)
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.bfloat16
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -60,6 +60,38 @@ def token_modality(ids: Tensor) -> Iterator[None]:
 def explicit() -> Tensor | None:
     """Return the ids given by an enclosing ``token_modality`` block of this thread, int64 [B, S], or None."""
     return _stated.ids
+
+
+_ONE_A_TOKEN = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids", "attention_mask")
+
+
+def check_shapes(inputs: Mapping[str, Any], name: str) -> None:
+    """Refuse a forward whose arguments contradict each other, by their shapes alone.
+
+    Args:
+        inputs: All arguments by name.
+        name: Of the one that holds the tokens, [B, S, ...]: ``input_ids`` or ``inputs_embeds``.
+
+    Raises:
+        ModalityError: One of those that say something of each token has another shape, or images come without their sizes.
+    """
+    batch, length = inputs[name].shape[:2]
+    for other in _ONE_A_TOKEN if inputs.get("past_key_values") is None else ():  # a cache holds tokens that some still speak of
+        given = inputs.get(other)
+        if isinstance(given, Tensor) and given.dim() == 2 and given.shape != (batch, length):
+            raise ModalityError(
+                f"{other} has shape {list(given.shape)}, but {name} holds {batch} sequences of {length} tokens. Pass one entry "
+                "a token: pad, cut and concatenate all that the processor returns together."
+            )
+    positions = inputs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.dim() and positions.shape[-1] not in (1, length):
+        raise ModalityError(
+            f"position_ids has shape {list(positions.shape)}, but {name} holds {batch} sequences of {length} tokens. Pass one "
+            "position a token, or none."
+        )
+    for pixels, sizes in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if sizes in inputs and inputs.get(pixels) is not None and inputs[sizes] is None:
+            raise ModalityError(f"The forward got {pixels} without {sizes}. Pass all that the processor returns.")
 
 
 def vision_token_ids(config: Any) -> tuple[int, ...]:

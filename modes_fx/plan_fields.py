@@ -111,9 +111,9 @@ def _content(path: Path) -> dict[str, Any]:
         raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Make one with modes_fx.calib.search().") from error
     except ValueError as error:
         raise PlanError(f"{path} is not a whole JSON file ({error}). Make the plan again.") from error
-    if not isinstance(content, dict) or type(content.get("schema_version")) is not int:
-        raise PlanError(f"{path} is not a skip plan: it has no schema_version.")
-    return content
+    if isinstance(content, dict) and type(content.get("schema_version")) is int and content["schema_version"] > 0:
+        return content
+    raise PlanError(f"{path} is not a skip plan: it has no schema_version.")
 
 
 def _fields(content: Mapping[str, Any]) -> PlanFields:

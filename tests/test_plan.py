@@ -344,6 +344,7 @@ def test_a_newer_schema_is_refused_with_what_to_do(path: Path) -> None:
         {"surprise": 1},
         {"schema_version": "1"},
         {"schema_version": True},
+        {"schema_version": 0},
     ],
 )
 def test_a_file_with_other_fields_is_refused_by_name(path: Path, changes: dict[str, Any]) -> None:

@@ -98,6 +98,7 @@ def layer_importance(
     started, columns = time.monotonic(), _COLUMNS[mode]
     with optimized(model):
         data = checked(batches)
+        logger.info("importance of each layer, on %d batches, %s", len(data), method)
         if method == "estimate":
             kl, tokens, forwards = estimate(model, data, columns, on_step=on_step)
         else:

@@ -126,13 +126,14 @@ class Objective:
         self._batches = checked(batches)
         self._reference: list[Tensor] = []  # logits [answer tokens, V] of each batch, on the CPU
         samples, right = 0, 0
+        logger.info("the unskipped model answers %d batches", len(self._batches))
         with bounds_in_force(self._runtime, None):
             for batch in self._batches:
                 logits, correct = self._answers(batch)
                 self._reference.append(logits.cpu())
                 samples, right = samples + len(correct), right + int(correct.sum())
         self.reference_bytes = sum(logits.nbytes for logits in self._reference)
-        logger.info("the unskipped answers take %.1f MB on the CPU", self.reference_bytes / 1e6)
+        logger.debug("the unskipped answers take %.1f MB on the CPU", self.reference_bytes / 1e6)
         sums = torch.tensor([sum(len(logits) for logits in self._reference), samples, right])
         self.answer_tokens, self._samples, right = (int(value) for value in processes.total(sums))
         if not self._samples:
@@ -167,6 +168,7 @@ class Objective:
 
     def routing_weights(self) -> RoutingRecorder:
         """Run the unskipped model once more, uncompiled, and return the weights that it dispatched."""
+        logger.info("routing weights of %d batches, uncompiled", len(self._batches))
         with bounds_in_force(self._runtime, None), RoutingRecorder(self._model) as recorder:
             for batch in self._batches:
                 self._answers(batch)

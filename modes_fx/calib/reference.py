@@ -81,21 +81,24 @@ def import_reference(
     factor = _scaling_factor(text)
     by = [factor / (1.0 if normalized_on_load else divisor) for divisor in divisors]
     scaled = (replace(point, tau_text=point.tau_text * by[0], tau_vision=point.tau_vision * by[1]) for point in points)
-    return SkipPlan(
-        points=tuple(sorted(scaled, key=lambda point: point.target or 0.0)),
-        alpha=tuple((row[0] / divisors[0], row[1] / divisors[1]) for row in alpha),
-        model=describe_model(config),
-        provenance={
-            "imported": {
-                name: {"file": Path(path).name, "hash": short_hash(Path(path).read_bytes())}
-                for name, path in (("importance", importance_path), ("thresholds", tau_path))
+    try:
+        return SkipPlan(
+            points=tuple(sorted(scaled, key=lambda point: point.target or 0.0)),
+            alpha=tuple((row[0] / divisors[0], row[1] / divisors[1]) for row in alpha),
+            model=describe_model(config),
+            provenance={
+                "imported": {
+                    name: {"file": Path(path).name, "hash": short_hash(Path(path).read_bytes())}
+                    for name, path in (("importance", importance_path), ("thresholds", tau_path))
+                },
+                "importance_sums": dict(zip(MODALITIES, sums, strict=True)),
+                "normalized_on_load": normalized_on_load,
+                "routed_scaling_factor": factor,
+                "versions": versions(),
             },
-            "importance_sums": dict(zip(MODALITIES, sums, strict=True)),
-            "normalized_on_load": normalized_on_load,
-            "routed_scaling_factor": factor,
-            "versions": versions(),
-        },
-    )
+        )
+    except PlanError as error:
+        raise PlanError(f"{importance_path} and {tau_path} make no plan: {error}") from error
 
 
 def _read(path: str | os.PathLike[str], what: str, parse: Callable[[Any], Any]) -> Any:

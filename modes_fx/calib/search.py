@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -21,6 +22,8 @@ from modes_fx.calib.trials import Trial, Trials, as_point, data_hash, pareto, th
 from modes_fx.errors import CalibrationError, UnreachableError
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model
+
+logger = logging.getLogger(__name__)
 
 GAMMAS = (0.0, 0.25, 0.5, 1.0)
 _SPARED = 2  # evaluations kept from the time budget beside those that tighten the bounds: the one that runs, and a slow one
@@ -89,6 +92,7 @@ def search(
                 f"The importance is for {len(importance.alpha)} MoE layers, the model has {objective.num_layers}."
             )
         deadline = math.inf if time_budget is None else started + time_budget
+        logger.info("search for thresholds: %d targets, gammas %s, grids of %d", len(targets), list(gammas), grid_size)
         trials = Trials(objective, importance.alpha, records, deadline, on_trial)
         routing = objective.routing_weights()
         results = _search_gammas(trials, routing, importance, gammas, targets, grid_size, on_progress)

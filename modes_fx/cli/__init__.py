@@ -8,10 +8,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from modes_fx import strict_json
 from modes_fx.cli import bench, calibrate, compare, demo, import_reference, inspect, plan, search, shared
 from modes_fx.cli.terminal import console, errors
-from modes_fx.errors import ModesFxError
+from modes_fx.errors import ModesFxError, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -48,5 +47,5 @@ def main() -> None:
     try:
         app()
     except ModesFxError as error:
-        errors.print(f"[red]Error:[/] {escape(str(strict_json.plain(str(error))))}", highlight=False)
+        errors.print(f"[red]Error:[/] {escape(printable(str(error)))}", highlight=False)
         sys.exit(1)

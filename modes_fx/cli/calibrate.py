@@ -50,7 +50,7 @@ def calibrate(
         network, processor = shared.load_model(
             model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
         )
-        batches = shared.load_batches(network, processor, source, batch_size)
+        batches = shared.load_batches(network, processor, source, batch_size, bars)
         importance = resumable_importance(
             network, batches, cast(Mode, mode), cast(Method, method), journal=journal,
             on_step=lambda done, total: bars("importance of each layer", done, total),

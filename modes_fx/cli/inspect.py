@@ -14,7 +14,7 @@ from rich.table import Table
 
 from modes_fx import json_schema
 from modes_fx.cli import shared
-from modes_fx.cli.terminal import be_quiet, console
+from modes_fx.cli.terminal import be_quiet, console, steps_shown
 from modes_fx.errors import ModesFxError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def inspect(
         from modes_fx.inspection import inspect as inspect_model
 
         be_quiet()
-        with contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints
+        with steps_shown(), contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints
             inspection = inspect_model(model, device=device, trust_remote_code=trust_remote_code)
     except ModesFxError as error:
         if not as_json:

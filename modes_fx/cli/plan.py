@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modes_fx.cli.terminal import console
+from modes_fx.errors import printable
 
 if TYPE_CHECKING:
     from modes_fx.plan import SkipPlan
@@ -45,9 +46,8 @@ def _load(file: Path, check_digest: bool = True) -> SkipPlan:
 
 def _print(plan: SkipPlan, state: str) -> None:
     targets = ", ".join(f"{target:g}" for target in plan.targets) or "none, thresholds given by hand"
-    console.print(
+    said = printable(
         f"The plan is {state}: rule {plan.rule}, targets {targets}, for {plan.model.get('model_type', 'any model')}"
-        f"{f', {len(plan.layers)} MoE layers' if plan.layers else ''}.",
-        highlight=False,
-        markup=False,
+        f"{f', {len(plan.layers)} MoE layers' if plan.layers else ''}."
     )
+    console.print(said, highlight=False, markup=False)

@@ -69,11 +69,11 @@ def search(
             model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
         )
         known.check_model(network)
-        batches = shared.load_batches(network, processor, source, batch_size)
+        batches = shared.load_batches(network, processor, source, batch_size, bars)
         fresh = None
         if held_out is not None:
             other = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
-            fresh = shared.load_batches(network, processor, other, batch_size)
+            fresh = shared.load_batches(network, processor, other, batch_size, bars)
         plan = find(
             network, batches, known.importance, targets, gammas=gammas, grid_size=grid_size, held_out=fresh,
             journal=journal, time_budget=time_budget,

@@ -303,7 +303,9 @@ def load_samples(source: Source) -> Samples:
     return samples
 
 
-def load_batches(model: nn.Module, processor: Any, source: Source | Samples, batch_size: int) -> list[Batch]:
+def load_batches(
+    model: nn.Module, processor: Any, source: Source | Samples, batch_size: int, bars: Bars | None = None
+) -> list[Batch]:
     """Return this process's share of the batches, of samples that are drawn now or were drawn before.
 
     Raises:
@@ -315,4 +317,14 @@ def load_batches(model: nn.Module, processor: Any, source: Source | Samples, bat
     samples = load_samples(source) if isinstance(source, Source) else source
     dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
     shard = processes.rank(), processes.world()
-    return processes.together(lambda: list(make_batches(samples, processor, batch_size, shard=shard, dtype=dtype)))
+
+    def make() -> list[Batch]:
+        batches = make_batches(samples, processor, batch_size, shard=shard, dtype=dtype)
+        made = []
+        for batch in batches:
+            made.append(batch)
+            if bars is not None:
+                bars("process the samples", len(made), len(batches))
+        return made
+
+    return processes.together(make)

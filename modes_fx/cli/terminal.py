@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -17,12 +19,44 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from modes_fx.errors import printable
+
 console = Console()
 errors = Console(stderr=True)
 
 
+class _Steps(logging.Handler):
+    """Shows what the package logs: each step as it begins, once in the words it has, and every warning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record where neither results nor JSON go."""
+        said = printable(record.getMessage())
+        if console.quiet or said in self._said:
+            return
+        self._said.add(said)
+        errors.print(said, style="yellow" if record.levelno > logging.INFO else "dim", highlight=False, markup=False)
+
+
+@contextmanager
+def steps_shown() -> Iterator[None]:
+    """Show long steps on the screen as they begin, for the length of a block."""
+    logger, handler = logging.getLogger("modes_fx"), _Steps()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(min(logging.INFO, logger.getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
 class Bars:
-    """One progress bar for each part, made when the part first reports."""
+    """One progress bar for each part, made when the part first reports; above them each step as it begins."""
 
     def __init__(self) -> None:
         columns = (
@@ -36,12 +70,15 @@ class Bars:
         )
         self._progress = Progress(*columns, console=console)
         self._tasks: dict[str, TaskID] = {}
+        self._steps = steps_shown()
 
     def __enter__(self) -> Bars:
         self._progress.start()
+        self._steps.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._steps.__exit__(None, None, None)
         self._progress.stop()
 
     def __call__(self, part: str, done: int, total: int | None) -> None:

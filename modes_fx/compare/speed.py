@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import statistics
 import types
@@ -25,6 +26,8 @@ from modes_fx.graph.code import own_code
 from modes_fx.layers import Region, find_moe_layers
 from modes_fx.optimize import is_optimized, stats
 from modes_fx.timing import in_turn, now
+
+logger = logging.getLogger(__name__)
 
 PHASES = ("prefill", "decode")
 NEW_TOKENS = 24
@@ -119,6 +122,7 @@ class Stopwatch:
         self._static = {str(setting) for setting in wanted if setting.compiled == "generate"}
         twins, failed = self._twins(model, wanted)
         if chosen is None:
+            logger.info("timing %d stock settings", len(twins))
             times = _in_turn({name: self._runner(twin, name in self._static) for name, twin in twins.items()}, on_step)
             medians = {name: {phase: _median(column) for phase, column in found.items()} for name, found in times.items()}
             self.facts["stock_ms"] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from modes_fx.errors import CalibrationError
 from modes_fx.modality import PADDING
 from modes_fx.optimize import optimized_state
 from modes_fx.policies.ranks import at_or_after, tail_sums
+
+logger = logging.getLogger(__name__)
 
 TOKENS = 256  # a layer, on which experts are compared
 
@@ -65,6 +68,7 @@ def routing_statistics(
             even = torch.linspace(0, len(rows) - 1, min(wanted, len(rows))).round().long()
             hidden[layer].append(rows[even.to(rows.device)].cpu())
 
+    logger.info("statistics of the routing of %d layers, on %d batches", layers, len(batches))
     answers, alike = Answers(model), []
     with bounds_in_force(state.runtime, None), dispatches_shown(model, see):
         for batch in batches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from modes_fx.passes.site import Reject, SiteRecord
 
 if TYPE_CHECKING:
     from modes_fx.layers import MoeLayer
+
+logger = logging.getLogger(__name__)
 
 
 class Conversions:
@@ -37,6 +40,8 @@ class Conversions:
             The layers, with the stand-in for block and experts where there is one; and the reasons of those refused, by index.
         """
         converted, refused = list(layers), {}
+        if number := sum(layer.form is not None for layer in layers):
+            logger.info("converting %d MoE blocks: the weights of each are moved together", number)
         for index, layer in enumerate(layers):
             if layer.form is None:
                 continue

@@ -94,6 +94,7 @@ class SkipBackend:
         if self._require_site and left:
             reasons = "; ".join(f"{site.code}: {site.detail}" for site in left)
             raise NoRoutingSiteError(f"An MoE region was compiled anew and has a site that cannot be rewritten ({reasons}).")
+        logger.info("compiling a graph of %d operations, %d of them routing sites", len(module.graph.nodes), len(sites))
         compiled = self._compile(module, inputs, **self._settings)
         if not sites:
             return compiled

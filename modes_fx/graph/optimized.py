@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
@@ -26,6 +27,8 @@ from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.quantise.support import support_quantised
 from modes_fx.report import Report, SiteReport
+
+logger = logging.getLogger(__name__)
 
 
 class Optimized:
@@ -105,6 +108,7 @@ class Optimized:
 
 def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> Optimized:
     """Trace every site of a model, for ``optimize`` and ``inspect``; what that changed is changed back by ``undo``."""
+    logger.info("%s: tracing %d MoE layers", type(model).__name__, len(layers))
     state = Optimized(model, layers, region, dispatch, rule)
     try:
         state.experts_before = _name_implementation(layers)

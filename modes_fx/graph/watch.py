@@ -150,12 +150,15 @@ class ModalityWatch(Watch):
 
     def _forward(self, outer: Forward | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Forward | None:
         inputs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        reference = inputs.get("inputs_embeds") if inputs.get("input_ids") is None else inputs["input_ids"]
+        name = "inputs_embeds" if inputs.get("input_ids") is None else "input_ids"
+        reference = inputs.get(name)
         own = inputs.get("encoder_hidden_states") is not None  # a decoder that an encoder's tokens run in front of
         if outer is not None and not own and (reference is None or _fits(outer, reference)):
             return outer  # an outer module of the same model has said it already, and no token was dropped since
         if outer is None:
             self._check()
+            if reference is not None:
+                modality.check_shapes(inputs, name)
         ids = self._ids(inputs, reference)
         if ids is None:
             return None

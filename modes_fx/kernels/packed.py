@@ -8,6 +8,7 @@ strides, along D, in which the kernels read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 from modes_fx.errors import ModelError
 from modes_fx.kernels import ops
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = 32  # of a block; packed.cpp's kColumns
 _aten = torch.ops.aten
@@ -87,6 +90,7 @@ class Packing:
 
     def pack(self, experts: Sequence[nn.Module]) -> None:
         """Pack or turn the weights of experts modules; a packed one's original parameter is left without memory."""
+        logger.info("laying out the weights of %d layers' experts for kernels", len(experts))
         for module in experts:
             transposed = getattr(module, "is_transposed", False)
             for name, parameter in list(module.named_parameters(recurse=False)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from modes_fx.modality import MODALITIES, token_ids_for
 from modes_fx.optimize import optimized_state, report, set_plan, stats
 from modes_fx.plan import SkipPlan
 from modes_fx.report import PHASES
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 8
 _MOST_NEW = 64  # tokens of an answer
@@ -99,6 +102,7 @@ def look_closely(
         by_layer = {name: ratios for name, ratios in _by_layer(model, layers).items() if name.endswith("prefill")}
         counted.reset()
         chosen = choose(samples)
+        logger.info("a closer look: the answers to %d samples, with all experts and under the plan", len(chosen))
         pictures = []
         for done, sample in enumerate(chosen, start=1):
             pictures.append(_picture(model, plan, processor, sample))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 from torch import nn
 
 from modes_fx.errors import ModelError, NoRoutingSiteError
 from modes_fx.layers import MoeLayer, find_moe_layers
+
+logger = logging.getLogger(__name__)
 
 _GROUP_SIZES = (32, 64, 128)
 
@@ -51,6 +54,7 @@ def quantise_experts(model: nn.Module, bits: Literal[8, 4], *, group_size: int =
         raise NoRoutingSiteError(no_moe_layer(model))
     for layer in layers:
         _check(layer, bits, group_size)
+    logger.info("%s: storing the experts of %d layers in %d bits", type(model).__name__, len(layers), bits)
     done: dict[int, nn.Parameter] = {}  # tied weights stay tied
     for experts in {id(layer.experts): layer.experts for layer in layers}.values():
         for name, weight in _weights(experts).items():
