@@ -88,7 +88,7 @@ test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optim
 	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py $(if $(FAMILIES),-k '$(FAMILIES)') \
 		-o addopts='-p no:cacheprovider' -o filterwarnings=ignore  # they have markers of their own, and warn
 
-fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused, or read as what it was (8 minutes)
+fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused, or read as what it was (15 minutes)
 	$(BIN)/python -m tests.fuzz
 
 lint: $(SYNC)  ## check style and types
