@@ -78,7 +78,10 @@ def check_shapes(inputs: Mapping[str, Any], name: str) -> None:
     batch, length = inputs[name].shape[:2]
     for other in _ONE_A_TOKEN if inputs.get("past_key_values") is None else ():  # a cache holds tokens that some still speak of
         given = inputs.get(other)
-        if isinstance(given, Tensor) and given.dim() == 2 and given.shape != (batch, length):
+        if not isinstance(given, Tensor) or given.dim() != 2 or given.shape == (batch, length):
+            continue
+        # stock takes the mask of a cache that it cannot see here, such as a recurrent model's: its last columns are the tokens'
+        if other != "attention_mask" or given.shape[0] != batch or given.shape[1] < length:
             raise ModalityError(
                 f"{other} has shape {list(given.shape)}, but {name} holds {batch} sequences of {length} tokens. Pass one entry "
                 "a token: pad, cut and concatenate all that the processor returns together."
