@@ -7,7 +7,7 @@ EXTRAS := .venv-extras
 NEWEST := .venv-newest
 UV     := .venv-lock/bin/uv
 PIP    := -m pip install --quiet --disable-pip-version-check
-PYTEST := -m pytest --numprocesses auto --dist loadfile
+PYTEST := -m pytest --numprocesses auto --dist loadfile --durations 10
 TESTS  := .[dev]
 ALL    := .[dev,quantise,lmms]
 LMMS   := lmms-eval==0.7.3
