@@ -14,7 +14,7 @@ LMMS   := lmms-eval==0.7.3
 THEIRS := .upstream
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz lint bench bench-full gpu-check coverage lock clean
+.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz crash lint bench bench-full gpu-check coverage lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -90,6 +90,9 @@ test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optim
 
 fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused, or read as what it was (15 minutes)
 	$(BIN)/python -m tests.fuzz
+
+crash: $(SYNC)  ## kill calibrate, search and compare 50 times each and go on: the result of an uncut run (half an hour)
+	$(BIN)/python -m tests.crash
 
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The benchmark at a tiny shape: what its rows hold and how they follow from each other; no timing is asserted."""
 
+import functools
 import json
 import math
 import statistics
@@ -42,7 +43,8 @@ def stack() -> Any:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_the_command_measures_every_part(tmp_path: Path) -> None:
+def test_the_command_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # stock without Inductor, too
     result = run(
         "bench", "--preset", "tiny", "--parts", "block", "layers", "growth", "--tokens", "1", "16", "--skip", "0", "0.5",
         "--prompt", "16", "--cache", "4", "--growth-to", "16", "--rounds", "1", "--threads", "1", "--layers", "1",
