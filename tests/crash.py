@@ -9,6 +9,7 @@ once, whether or not it was measured before a kill.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import shutil
@@ -16,41 +17,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 LITTLE = ("--samples", "8", "--batch-size", "4", "--device", "cpu")
-OF_ONE_RUN = {"seconds", "evaluations", "written", "created", "digest"}
-"""What a result may say of the run that made it."""
+OF_ONE_RUN = {"from_journal", "seconds", "digest"}
+"""What a result says of the run that made it: how much a journal knew, how long it took, and so the digest of the whole."""
 
 
-def commands(folder: Path, importance: Path) -> dict[str, tuple[list[str], Path, Path]]:
-    """Return each command with its result and its journal, in a folder."""
-    alpha, plan, compared = folder / "alpha.json", folder / "plan.json", folder / "compare"
-    grid = ("--grid-size", "5")
+def commands(importance: Path) -> dict[str, tuple[list[str], str, str]]:
+    """Return each command with its result and its journal, all in the folder that it runs in."""
+    few = ("--grid-size", "5", "--targets", "0.5")
     return {
-        "calibrate": (
-            ["calibrate", "demo", *LITTLE, "--out", str(alpha), "--journal", str(folder / "calibrate.jsonl")],
-            alpha, folder / "calibrate.jsonl",
-        ),
-        "search": (
-            ["search", "demo", *LITTLE, *grid, "--importance", str(importance), "--targets", "0.5", "--out", str(plan),
-             "--journal", str(folder / "search.jsonl")],
-            plan, folder / "search.jsonl",
-        ),
-        "compare": (
-            ["compare", "demo", *LITTLE, *grid, "--test-samples", "8", "--targets", "0.5", "--out", str(compared),
-             "--journal", str(folder / "compare.jsonl")],
-            compared / "compare.json", folder / "compare.jsonl",
-        ),
-    }  # fmt: skip
+        "calibrate": (["demo", *LITTLE, "--out", "alpha.json"], "alpha.json", "calibrate.jsonl"),
+        "search": (["demo", *LITTLE, *few, "--importance", str(importance)], "plan.json", "search.jsonl"),
+        "compare": (["demo", *LITTLE, *few, "--test-samples", "8", "--out", "out"], "out/compare.json", "compare.jsonl"),
+    }
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """Start a command in a process of its own."""
-    call = [sys.executable, "-m", "modes_fx", *arguments]
-    return subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(command: str, arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """Start a command in a process of its own, in a folder."""
+    call = [sys.executable, "-m", "modes_fx", command, *arguments, "--journal", f"{command}.jsonl"]
+    return subprocess.Popen(call, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -80,10 +69,10 @@ def outcome(result: Path, journal: Path) -> tuple[Any, list[str]]:
     return content(json.loads(result.read_text(encoding="utf-8"))), sorted(keys)
 
 
-def cut(arguments: list[str], seconds: float, kills: int, chance: random.Random) -> Iterator[float]:
+def cut(run: Callable[[], subprocess.Popen[str]], seconds: float, kills: int, chance: random.Random) -> Iterator[float]:
     """Run a command until it ends, killed at most so often; yield the moment of each kill."""
     for _ in range(kills):
-        process, moment = start(arguments), chance.uniform(0, seconds)
+        process, moment = run(), chance.uniform(0, seconds)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -93,7 +82,7 @@ def cut(arguments: list[str], seconds: float, kills: int, chance: random.Random)
             continue
         finish(process)
         return
-    finish(start(arguments))
+    finish(run())
 
 
 def main() -> None:
@@ -106,25 +95,23 @@ def main() -> None:
     chance = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        importance = root / "importance.json"
-        finish(start(["calibrate", "demo", *LITTLE, "--out", str(importance)]))
+        finish(start("calibrate", commands(root)["calibrate"][0], root))
         for command in given.commands:
-            whole = root / f"{command}-whole"
-            whole.mkdir()
-            arguments, result, journal = commands(whole, importance)[command]
+            arguments, result, journal = commands(root / "alpha.json")[command]
+            folder = root / command
+            run = functools.partial(start, command, arguments, folder)
+            folder.mkdir()
             started = time.perf_counter()
-            finish(start(arguments))
+            finish(run())
             seconds = time.perf_counter() - started
-            wanted, done = outcome(result, journal), 0
+            wanted, done = outcome(folder / result, folder / journal), 0
             while done < given.kills:
-                folder = root / f"{command}-cut"
+                shutil.rmtree(folder)
                 folder.mkdir()
-                arguments, result, journal = commands(folder, importance)[command]
-                moments = list(cut(arguments, seconds, given.kills - done, chance))
-                if outcome(result, journal) != wanted:
+                moments = list(cut(run, seconds, given.kills - done, chance))
+                if outcome(folder / result, folder / journal) != wanted:
                     raise SystemExit(f"{command}, killed after {moments} s, ends otherwise than uncut (seed {given.seed}).")
                 done += len(moments)
-                shutil.rmtree(folder)
             print(f"{command}: {done} kills, the result and the {len(wanted[1])} measurements of a run of {seconds:.0f} s")  # noqa: T201
 
 
