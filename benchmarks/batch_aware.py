@@ -37,7 +37,7 @@ from modes_fx.bench.models import Routing, Skew, block_of, build, draw, route
 from modes_fx.calib import Evaluation, Objective
 from modes_fx.compare.tuning import Tuner
 from modes_fx.demo import collate, load, make_samples
-from modes_fx.files import write_atomically
+from modes_fx.files.writing import write_atomically
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES, decide

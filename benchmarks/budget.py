@@ -28,7 +28,7 @@ from modes_fx.calib import Objective, layer_importance, search
 from modes_fx.demo import load, make_batches, make_samples
 from modes_fx.demo.data import IGNORED, Sample
 from modes_fx.demo.run import Size
-from modes_fx.files import write_atomically
+from modes_fx.files.writing import write_atomically
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import SkipPlan
 

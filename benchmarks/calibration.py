@@ -24,7 +24,7 @@ from torch import Tensor
 import modes_fx
 from modes_fx.calib import layer_importance, search
 from modes_fx.demo import load, make_batches
-from modes_fx.files import write_atomically
+from modes_fx.files.writing import write_atomically
 from modes_fx.timing import cpu_name
 
 Row = dict[str, Any]

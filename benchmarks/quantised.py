@@ -26,8 +26,8 @@ from modes_fx.calib import layer_importance, search
 from modes_fx.calib.objective import Answers, divergence
 from modes_fx.demo import collate, load, make_batches, make_samples
 from modes_fx.demo.run import TARGETS
-from modes_fx.files import write_atomically
-from modes_fx.layers import find_moe_layers
+from modes_fx.files.writing import write_atomically
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.quantise import quantise_experts
 from modes_fx.quantise.memory import weight_bytes
 from modes_fx.timing import cpu_name

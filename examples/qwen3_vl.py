@@ -25,7 +25,7 @@ import modes_fx
 from modes_fx import demo
 from modes_fx.calib import layer_importance, search
 from modes_fx.data import Sample, load_samples, make_batches
-from modes_fx.files import check_writable
+from modes_fx.files.writing import check_writable
 
 NEW_TOKENS = 16
 

@@ -24,7 +24,7 @@ from transformers import ProcessorMixin, Qwen3VLMoeForConditionalGeneration
 
 from modes_fx.demo.data import make_samples
 from modes_fx.demo.questions import KINDS
-from modes_fx.files import check_writable
+from modes_fx.files.writing import check_writable
 
 logger = logging.getLogger("train_demo_model")
 

@@ -13,11 +13,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from modes_fx import json_schema
 from modes_fx.errors import ModelError
+from modes_fx.files.strict_json import INSPECTION_SCHEMA
 from modes_fx.graph.optimized import report_of, trace_sites
-from modes_fx.layers import MoeLayer, find_moe_layers
 from modes_fx.modality import token_ids_for
+from modes_fx.models.layers import MoeLayer, find_moe_layers
 from modes_fx.optimize import is_optimized, no_moe_layer, optimized_state
 from modes_fx.report import Report, SiteReport
 
@@ -103,7 +103,7 @@ class Inspection(Report):
         from modes_fx.calib.trials import versions  # calibration is not needed to look at a model
 
         return {
-            "schema": json_schema.INSPECTION,
+            "schema": INSPECTION_SCHEMA,
             "model": self.model,
             "family": self.family,
             "dtype": self.dtype,
@@ -169,7 +169,7 @@ def inspect(
         ModelError: There is no such model, or it cannot be built.
     """
     if not isinstance(model, nn.Module):
-        from modes_fx.meta_model import build_on_meta, read_config
+        from modes_fx.models.meta_model import build_on_meta, read_config
 
         config = read_config(model, trust_remote_code=trust_remote_code) if isinstance(model, (str, os.PathLike)) else model
         model = build_on_meta(config, trust_remote_code=trust_remote_code)

@@ -17,7 +17,7 @@ from modes_fx.graph.backend import inductor_settings
 from modes_fx.graph.optimized import Optimized, compile_regions, report_of, trace_sites
 from modes_fx.graph.protection import watch_attention
 from modes_fx.graph.watch import GroupWatch, watch_modality
-from modes_fx.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks
+from modes_fx.models.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
 from modes_fx.report import Report, SkipStats

@@ -16,8 +16,8 @@ import msgspec
 import torch
 from torch import Tensor
 
-from modes_fx import plan_fields, strict_json
 from modes_fx.errors import PlanError
+from modes_fx.files import plan_fields, strict_json
 from modes_fx.modality import vision_token_ids
 from modes_fx.policies import RULES
 

@@ -37,7 +37,7 @@ from modes_fx.data import load_samples
 from modes_fx.demo import CHECKPOINT
 from modes_fx.demo.shipped import FOLDER, read_shipped
 from modes_fx.errors import ModesFxError
-from modes_fx.meta_model import read_config
+from modes_fx.models.meta_model import read_config
 from modes_fx.plan import PlanPoint, SkipPlan
 
 ABOUT = {"model": "m", "data": "d", "versions": {"torch": "2"}}

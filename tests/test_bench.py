@@ -20,7 +20,7 @@ from modes_fx.bench.presets import PRESETS, config_of
 from modes_fx.bench.settings import DEFAULT, Twins, thresholds
 from modes_fx.compare import speed
 from modes_fx.errors import ModesFxError
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.timing import in_turn
 from tests.command import run
 

@@ -14,8 +14,8 @@ from modes_fx.budget import Budget, Steering, bound_above, budget_of, share_belo
 from modes_fx.calib import Objective
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.errors import PlanError
-from modes_fx.layers import find_moe_layers
 from modes_fx.modality import PADDING
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
 from tests import oracle, tiny

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from modes_fx import signed_json
 from modes_fx.calib.importance_file import ImportanceFile
 from modes_fx.cli.search import seconds
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
+from modes_fx.files import signed_json
 from modes_fx.plan import SkipPlan
 from tests import harness, tiny
 from tests.command import run

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from modes_fx import bench, importance_fields
+from modes_fx import bench
 from modes_fx.device import choose_device, describe_device, device_name
 from modes_fx.errors import DeviceError
+from modes_fx.files import importance_fields
 from modes_fx.timing import cpu_name, now
 from tests.command import run
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modes_fx import signed_json
 from modes_fx.errors import ModesFxError, PlanError
+from modes_fx.files import signed_json
+from modes_fx.files.plan_fields import SCHEMA_VERSION
 from modes_fx.plan import PlanPoint, SkipPlan, config_hash, describe_model
-from modes_fx.plan_fields import SCHEMA_VERSION
 from tests import tiny
 
 INF = math.inf

@@ -13,7 +13,7 @@ from modes_fx.calib.objective import Batch
 from modes_fx.cli.terminal import Bars, errors, steps_shown
 from modes_fx.compare import routing_statistics
 from modes_fx.demo import CHECKPOINT
-from modes_fx.loading import load
+from modes_fx.models.loading import load
 from tests import harness, tiny
 from tests.convert.cases import CASES
 

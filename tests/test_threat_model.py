@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import modes_fx
-from modes_fx import cli, signed_json
+from modes_fx import cli
 from modes_fx.calib import Importance
 from modes_fx.calib.importance_file import ImportanceFile
 from modes_fx.calib.journal import Journal
 from modes_fx.calib.safe_pickle import load_numbers
 from modes_fx.errors import CalibrationError, ModelError, ModesFxError, PlanError
-from modes_fx.meta_model import read_config
+from modes_fx.files import signed_json
+from modes_fx.models.meta_model import read_config
 from modes_fx.plan import SkipPlan, describe_model
 from tests import tiny
 
@@ -83,7 +84,7 @@ WATCHED = """
 import sys
 sys.argv = ["modes-fx"]
 from pathlib import Path
-from modes_fx import importance_fields, plan_fields
+from modes_fx.files import importance_fields, plan_fields
 paths, seen = sys.stdin.read().split(), []
 
 def read():

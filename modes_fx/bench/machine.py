@@ -11,7 +11,7 @@ from torch import nn
 
 from modes_fx.bench.models import Routing
 from modes_fx.device import describe_device
-from modes_fx.layers import MoeLayer, find_moe_layers
+from modes_fx.models.layers import MoeLayer, find_moe_layers
 from modes_fx.timing import now
 
 _TAKES = 6

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from modes_fx.bench.presets import config_of
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 
 Skew = Literal["uniform", "zipf"]
 

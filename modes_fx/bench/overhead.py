@@ -19,8 +19,8 @@ from torch import Tensor
 
 from modes_fx.compare.speed import Setting, stock_twin
 from modes_fx.graph.regions import Region as CompiledRegion
-from modes_fx.layers import Region
 from modes_fx.modality import token_modality
+from modes_fx.models.layers import Region
 from modes_fx.optimize import optimize, optimized_state, restore
 from modes_fx.timing import now
 

@@ -19,7 +19,7 @@ from modes_fx.bench.models import Skew, block_of, build, draw, popularity, route
 from modes_fx.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, ONE_GRAPH_SETTINGS, Contender, Twins, thresholds
 from modes_fx.device import choose_device
 from modes_fx.errors import ModesFxError
-from modes_fx.layers import Region, find_moe_layers
+from modes_fx.models.layers import Region, find_moe_layers
 
 PARTS = ("block", "layers", "growth", "overhead")
 GROWTH_SKIPS = (0.0, 0.5, 0.75, 0.88, 0.95)

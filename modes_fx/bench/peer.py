@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 
 IMPLEMENTATION = "modes_fx_bench_vllm"
 NAME = "vLLM CPU kernel"

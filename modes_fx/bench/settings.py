@@ -15,7 +15,7 @@ from modes_fx.bench import peer
 from modes_fx.bench.models import Routing
 from modes_fx.compare.speed import Setting, as_one_graph, stock_twin
 from modes_fx.errors import ModelError, in_a_line
-from modes_fx.layers import Region
+from modes_fx.models.layers import Region
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
 

@@ -18,7 +18,7 @@ from modes_fx.calib.estimate import estimate
 from modes_fx.calib.objective import Answers, Batch, checked, divergence, optimized
 from modes_fx.calib.resume import Tape, mistrust
 from modes_fx.errors import CalibrationError
-from modes_fx.importance_fields import Method, Mode
+from modes_fx.files.importance_fields import Method, Mode
 from modes_fx.modality import MODALITIES
 
 logger = logging.getLogger(__name__)

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from modes_fx import importance_fields, signed_json, strict_json
 from modes_fx.calib.importance import Importance
 from modes_fx.calib.trials import versions
 from modes_fx.errors import CalibrationError
-from modes_fx.files import write_atomically
-from modes_fx.layers import find_moe_layers
+from modes_fx.files import importance_fields, signed_json, strict_json
+from modes_fx.files.writing import write_atomically
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.plan import config_hash, describe_model
 
 

@@ -20,7 +20,7 @@ from modes_fx.calib.journal import Journal, opened
 from modes_fx.calib.objective import Batch, checked, optimized
 from modes_fx.calib.trials import data_hash, what_determines
 from modes_fx.errors import CalibrationError
-from modes_fx.importance_fields import Method, Mode
+from modes_fx.files.importance_fields import Method, Mode
 
 _PARTS = 20
 

@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from modes_fx import signed_json
 from modes_fx.calib import processes
 from modes_fx.errors import CalibrationError
+from modes_fx.files import signed_json
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from modes_fx import strict_json
 from modes_fx.calib import processes
 from modes_fx.calib.journal import Journal
 from modes_fx.calib.objective import Batch, Evaluation, Objective
+from modes_fx.files import strict_json
+from modes_fx.files.strict_json import Number
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, config_hash
 from modes_fx.quantise.memory import plain_parts
-from modes_fx.strict_json import Number
 
 Alpha = tuple[tuple[float, float], ...]
 
@@ -151,12 +151,14 @@ def what_determines(model: nn.Module, data: str, alpha: Alpha | None = None) -> 
         data: Hash of the data, such as ``data_hash``.
         alpha: The importance, where entries depend on it.
     """
+    device = next(model.parameters()).device.type
     return {
         "model": config_hash(getattr(model, "config", None)),
         "weights": weights_hash(model),
         "data": data,
         **({} if alpha is None else {"alpha": short_hash(json.dumps(alpha).encode())}),
         "versions": versions(),
+        **({} if device == "cpu" else {"device": device}),  # not "cpu": the journals of older releases go on
     }
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
-from modes_fx.importance_fields import Method, Mode
+from modes_fx.files.importance_fields import Method, Mode
 
 
 def calibrate(

@@ -16,8 +16,8 @@ from rich.table import Table
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 from modes_fx.errors import CalibrationError, ModelError, in_a_line
-from modes_fx.importance_fields import Mode
-from modes_fx.locating import DEMO
+from modes_fx.files.importance_fields import Mode
+from modes_fx.models.locating import DEMO
 
 if TYPE_CHECKING:
     from modes_fx.compare import Comparison, Row
@@ -136,7 +136,7 @@ def _check_one_architecture(models: Sequence[str], trust_remote_code: bool) -> N
         ModelError: A model is missing, or of another architecture than the first.
     """
     from modes_fx.demo import CHECKPOINT
-    from modes_fx.meta_model import read_config
+    from modes_fx.models.meta_model import read_config
     from modes_fx.plan import config_hash
 
     hashes: dict[str, str] = {}

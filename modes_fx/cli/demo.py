@@ -12,7 +12,7 @@ from rich.table import Table
 
 from modes_fx.cli.shared import DeviceOption, output_folder, say_without_figures
 from modes_fx.cli.terminal import Bars, be_quiet, console
-from modes_fx.locating import locate
+from modes_fx.models.locating import locate
 
 
 def demo(

@@ -28,7 +28,7 @@ def import_reference(
     shared.check_model(model)
 
     from modes_fx.calib.reference import import_reference as convert
-    from modes_fx.meta_model import read_config
+    from modes_fx.models.meta_model import read_config
 
     be_quiet()
     config = read_config(model, trust_remote_code=trust_remote_code)

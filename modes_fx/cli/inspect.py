@@ -12,10 +12,10 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from modes_fx import json_schema
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import be_quiet, console, steps_shown
 from modes_fx.errors import ModesFxError
+from modes_fx.files.strict_json import INSPECTION_SCHEMA
 
 if TYPE_CHECKING:
     from modes_fx.inspection import Inspection
@@ -44,7 +44,7 @@ def inspect(
     except ModesFxError as error:
         if not as_json:
             raise
-        typer.echo(json.dumps({"schema": json_schema.INSPECTION, "error": str(error)}))
+        typer.echo(json.dumps({"schema": INSPECTION_SCHEMA, "error": str(error)}))
         raise typer.Exit(1) from error
     if as_json:
         typer.echo(inspection.to_json())

@@ -21,7 +21,7 @@ FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A plan file.
 @app.command()
 def check(file: FileArgument) -> None:
     """Say whether a plan file is whole and as it was written, and what it holds."""
-    from modes_fx import plan_fields
+    from modes_fx.files import plan_fields
 
     plan_fields.read(file, quiet=True)
     _print(_load(file), "whole")
@@ -30,7 +30,7 @@ def check(file: FileArgument) -> None:
 @app.command()
 def sign(file: FileArgument) -> None:
     """Give a plan file that was changed on purpose, or has no digest yet, the digest of what it holds now."""
-    from modes_fx import plan_fields
+    from modes_fx.files import plan_fields
 
     plan_fields.read(file, check_digest=False)
     plan = _load(file, check_digest=False)

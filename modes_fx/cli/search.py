@@ -12,9 +12,9 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from modes_fx import importance_fields
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
+from modes_fx.files import importance_fields
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 

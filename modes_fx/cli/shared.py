@@ -15,8 +15,8 @@ import typer.core
 
 from modes_fx.cli.terminal import Bars, be_quiet, console, errors
 from modes_fx.errors import CalibrationError, DeviceError, ModesFxError, PlanError
-from modes_fx.files import check_writable
-from modes_fx.locating import DEMO, locate
+from modes_fx.files.writing import check_writable
+from modes_fx.models.locating import DEMO, locate
 
 if TYPE_CHECKING:
     from torch import nn
@@ -166,7 +166,7 @@ def check_model(name: str) -> None:
     """
     if name == DEMO or Path(locate(name)).exists() or os.environ.get("HF_HUB_OFFLINE"):
         return
-    from modes_fx.waiting import hub_answers
+    from modes_fx.models.waiting import hub_answers
 
     errors.print(f"{name} is no folder here: it is looked up on the Hugging Face hub.", highlight=False, markup=False)
     if not hub_answers():
@@ -274,14 +274,14 @@ def session(device: str | None = None) -> Iterator[Bars]:
 def load_model(
     name: str, *, dtype: str, device: str | None, device_map: str | None, trust_remote_code: bool
 ) -> tuple[nn.Module, Any]:
-    """Load a model and its processor; see ``modes_fx.loading`` and ``modes_fx.device``.
+    """Load a model and its processor; see ``modes_fx.models.loading`` and ``modes_fx.device``.
 
     Raises:
         ModelError: It cannot be loaded.
         DeviceError: There is no such device.
     """
     from modes_fx.device import choose_device
-    from modes_fx.loading import load
+    from modes_fx.models.loading import load
 
     model, processor = load(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
     if device_map is None:

@@ -11,13 +11,13 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from modes_fx import strict_json
 from modes_fx.calib.journal import Journal, Key
 from modes_fx.calib.objective import Batch, Evaluation, Objective
 from modes_fx.calib.trials import Entry, as_entry, data_hash, from_entry, short_hash, what_determines
 from modes_fx.compare.samples import SampleObjective, SampleScores
+from modes_fx.files import strict_json
+from modes_fx.files.strict_json import Number
 from modes_fx.plan import SkipPlan
-from modes_fx.strict_json import Number
 
 
 def records_of(

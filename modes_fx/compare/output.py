@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from modes_fx import strict_json
 from modes_fx.compare.page import write_comparison_page
 from modes_fx.compare.rows import Row, mean_row
 from modes_fx.compare.run import Comparison
-from modes_fx.files import in_any_case, write_atomically
+from modes_fx.files import strict_json
+from modes_fx.files.writing import in_any_case, write_atomically
 from modes_fx.page.closeup import Closeup
 
 

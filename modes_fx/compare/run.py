@@ -11,7 +11,6 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import nn
 
-from modes_fx import strict_json
 from modes_fx.calib import processes
 from modes_fx.calib.importance import Importance
 from modes_fx.calib.importance_journal import resumable_importance
@@ -28,7 +27,8 @@ from modes_fx.compare.statistics import RoutingStatistics, routing_statistics
 from modes_fx.compare.tuning import Tuned, Tuner
 from modes_fx.device import device_name
 from modes_fx.errors import CalibrationError, UnreachableError
-from modes_fx.importance_fields import Mode
+from modes_fx.files import strict_json
+from modes_fx.files.importance_fields import Mode
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
 

@@ -23,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from modes_fx.calib.objective import Batch, prompts_of
 from modes_fx.errors import CalibrationError, in_a_line
 from modes_fx.graph.code import own_code
-from modes_fx.layers import Region, find_moe_layers
+from modes_fx.models.layers import Region, find_moe_layers
 from modes_fx.optimize import is_optimized, stats
 from modes_fx.timing import in_turn, now
 
@@ -196,8 +196,8 @@ def settings_of(model: nn.Module) -> Sequence[Setting]:
 
 
 def compiles_itself(model: nn.Module) -> bool:
-    """Return whether ``generate`` compiles this model over a static cache by itself; on a CPU it does not."""
-    return next(model.parameters()).device.type == "cuda"
+    """Return whether ``generate`` compiles this model over a static cache by itself: where all of it is on GPUs."""
+    return {parameter.device.type for parameter in model.parameters()} == {"cuda"}
 
 
 def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:

@@ -16,7 +16,7 @@ from modes_fx.graph.takeover import Call, Takeover
 from modes_fx.passes.site import Reject, SiteRecord
 
 if TYPE_CHECKING:
-    from modes_fx.layers import MoeLayer
+    from modes_fx.models.layers import MoeLayer
 
 logger = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 import modes_fx
-from modes_fx import strict_json
 from modes_fx.calib import Objective, Trial, layer_importance, search
 from modes_fx.compare.run import Progress
 from modes_fx.demo.data import as_data, collate, make_batches, make_samples
 from modes_fx.demo.page import write_demo_page
 from modes_fx.demo.timing import time_settings
-from modes_fx.files import check_writable, in_any_case, write_atomically
+from modes_fx.files import strict_json
+from modes_fx.files.writing import check_writable, in_any_case, write_atomically
 from modes_fx.optimize import optimize, report, restore
 from modes_fx.page.closeup import look_closely
 from modes_fx.plan import SkipPlan

@@ -22,7 +22,7 @@ from modes_fx.graph.regions import OneLayer, Regions, compiled_block, compiled_m
 from modes_fx.graph.runtime import Runtime
 from modes_fx.graph.watch import Watch
 from modes_fx.kernels.packed import Packing
-from modes_fx.layers import MoeLayer, Region
+from modes_fx.models.layers import MoeLayer, Region
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.quantise.support import support_quantised

@@ -15,7 +15,7 @@ from modes_fx.graph.backend import Compiled, SkipBackend, last_sites
 from modes_fx.graph.experts import Given, dispatch_of
 from modes_fx.graph.regions import compiled_block
 from modes_fx.graph.runtime import Runtime
-from modes_fx.layers import MoeLayer, has_accelerate_hooks
+from modes_fx.models.layers import MoeLayer, has_accelerate_hooks
 from modes_fx.passes.site import Reject, SiteRecord
 
 

@@ -26,8 +26,8 @@ from modes_fx.errors import ModelError
 from modes_fx.graph.running import RUNNING, Forward
 from modes_fx.graph.runtime import Runtime
 from modes_fx.graph.watch import Watch
-from modes_fx.layers import MoeLayer
 from modes_fx.modality import CLASSES, PADDING
+from modes_fx.models.layers import MoeLayer
 
 IMPLEMENTATION = "modes_fx_observed"
 SHARE = 0.02

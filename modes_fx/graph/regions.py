@@ -25,7 +25,7 @@ from modes_fx.graph.code import own_code
 from modes_fx.graph.experts import of_one_layer
 from modes_fx.graph.running import traced
 from modes_fx.graph.runtime import Runtime
-from modes_fx.layers import has_accelerate_hooks
+from modes_fx.models.layers import has_accelerate_hooks
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from modes_fx.budget import Budget
 from modes_fx.errors import ModalityError, PlanError
 from modes_fx.graph.in_force import InForce
 from modes_fx.graph.running import RUNNING, Forward
-from modes_fx.layers import MoeLayer
+from modes_fx.models.layers import MoeLayer
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.policies import RULES, key_of, table_shape

@@ -18,8 +18,8 @@ from modes_fx.errors import ModalityError
 from modes_fx.graph.running import RUNNING, Forward
 from modes_fx.graph.runtime import Runtime
 from modes_fx.graph.takeover import Call, Takeover
-from modes_fx.layers import MoeLayer
 from modes_fx.modality import PADDING, TEXT, VISION, Phase, token_ids_for
+from modes_fx.models.layers import MoeLayer
 
 _TAKES_TOKENS = {"inputs_embeds"}
 _TAKES_PIXELS = {"pixel_values", "pixel_values_videos", "grid_thw"}

@@ -18,10 +18,10 @@ from tqdm import tqdm
 import modes_fx
 from modes_fx.device import choose_device
 from modes_fx.errors import ModesFxError, PlanError
-from modes_fx.layers import Region
 from modes_fx.lmms.generation import chat, cut, generation_settings
 from modes_fx.lmms.ratios import live_stats, measured
-from modes_fx.loading import check_torchvision, load
+from modes_fx.models.layers import Region
+from modes_fx.models.loading import check_torchvision, load
 from modes_fx.passes.skip_experts import Dispatch
 
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from modes_fx.files import write_atomically
+from modes_fx.files.writing import write_atomically
 from modes_fx.page.markup import lines
 
 

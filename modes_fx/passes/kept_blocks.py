@@ -109,7 +109,7 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     (total,) = Emitter(before=combined).trace(_cast, total, dtype=combined.meta["example_value"].dtype)
     combined.replace_all_uses_with(total)
     replaced = [node[name] for name in (*site.scaffold, *site.body, *site.counting) if not is_in_place(node[name])]
-    erase_dead([*replaced, *rows[2:], *(() if sizes is None else rows)])
+    erase_dead([*replaced, *rows])
 
 
 @cache
@@ -143,7 +143,9 @@ def _sizes(pairs: int | torch.SymInt, site: RoutingSite, device: torch.device) -
     if isinstance(pairs, int) and takes_pairs(pairs, site.num_experts):
         return None
     usual = pairs if isinstance(pairs, int) else pairs.node.hint or 0
-    return list(astuple(size_of(_capability(device) or (8, 0), usual / site.num_experts)))
+    capability = _capability(device)
+    assert capability is not None, "why_not has asked"
+    return list(astuple(size_of(capability, usual / site.num_experts)))
 
 
 def _gating(gemm: fx.Node) -> tuple[str, fx.Node]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from modes_fx.errors import ModelError, NoRoutingSiteError
-from modes_fx.layers import MoeLayer, find_moe_layers
+from modes_fx.models.layers import MoeLayer, find_moe_layers
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from modes_fx.layers import MoeLayer, has_torchao_weights
+from modes_fx.models.layers import MoeLayer, has_torchao_weights
 from modes_fx.passes.site import SiteRecord
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modes_fx import signed_json
 from modes_fx.calib.journal import Journal, opened
 from modes_fx.errors import CalibrationError
+from modes_fx.files import signed_json
 
 ABOUT = {"model": "m", "data": "d", "versions": {"torch": "2"}}
 ENTRIES = [(("trial", 0.5, 1 / 3), {"kl": 1e-17, "skip_ratio_vision": None}), (("grid", 1.0, 5), {"text": [0.0, 0.1]})]

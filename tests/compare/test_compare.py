@@ -16,7 +16,7 @@ from modes_fx.compare import CONTENDERS, Comparison, Row, compare, mean_row
 from modes_fx.compare.contenders import contender
 from modes_fx.compare.samples import SampleObjective
 from modes_fx.errors import CalibrationError, ModesFxError, PlanError
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.policies import RULES, Rule, register
 from tests import harness, oracle, tiny
 from tests.calib.conftest import oracle_kl, with_answers, without_labels

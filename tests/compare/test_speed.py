@@ -13,7 +13,7 @@ from modes_fx.calib.objective import prompts_of
 from modes_fx.compare import speed
 from modes_fx.compare.speed import SETTINGS, Setting, Stopwatch, settings_of, stock_twin
 from modes_fx.errors import CalibrationError
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from tests import harness, tiny
 from tests.calib.conftest import with_answers
 from tests.convert.cases import CASES

@@ -99,7 +99,7 @@ def test_older_code_without_shared_experts_is_known_too() -> None:
         n_group, topk_group, norm_topk_prob, routed_scaling_factor, n_shared_experts = 1, 1, False, 1.0, None
 
     block = remote.DeepseekBlock(Config)
-    found = modes_fx.layers.find_moe_layers(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": block})])}))
+    found = modes_fx.models.layers.find_moe_layers(nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": block})])}))
     assert [(layer.name, layer.block) for layer in found] == [("layers.0.mlp.experts", block)]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import modes_fx
 from modes_fx.errors import NoRoutingSiteError
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from tests import tiny
 from tests.convert import remote
 from tests.convert.cases import CASES

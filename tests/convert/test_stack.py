@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 import modes_fx
 from modes_fx.convert.conversions import Conversions
 from modes_fx.errors import NotOptimizedError
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from tests import tiny
 from tests.convert.cases import CASES
 from tests.harness import logits, relative_error

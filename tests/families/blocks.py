@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import modes_fx
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.optimize import optimized_state
 from modes_fx.passes.skip_experts import Dispatch
 from tests.harness import logits

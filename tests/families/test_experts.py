@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from tests import harness
 from tests.families.family import Family
 from tests.families.text import TEXT

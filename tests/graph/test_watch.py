@@ -13,8 +13,8 @@ from modes_fx.errors import ModalityError, ModelError
 from modes_fx.graph.running import running
 from modes_fx.graph.runtime import Runtime
 from modes_fx.graph.watch import ModalityWatch
-from modes_fx.layers import Region
 from modes_fx.modality import vision_token_ids
+from modes_fx.models.layers import Region
 from modes_fx.optimize import optimized_state
 from tests import harness, tiny
 from tests.families.family import Family

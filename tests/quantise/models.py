@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.quantise import quantise_experts
 from tests import oracle, tiny
 from tests.families.family import spread

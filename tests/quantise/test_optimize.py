@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import modes_fx
 from modes_fx.errors import ModelError, NoRoutingSiteError
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.plan import SkipPlan
 from modes_fx.quantise import quantise_experts
 from modes_fx.quantise.memory import weight_bytes

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import modes_fx
-from modes_fx.layers import find_moe_layers
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.optimize import is_optimized
 from tests import harness
 from tests.upstream.case import FAMILIES, case_of

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from modes_fx import signed_json
 from modes_fx.data.layouts.layout import Layout, Records, first_of, text_of
 from modes_fx.data.sample import Sample
 from modes_fx.errors import CalibrationError
+from modes_fx.files import signed_json
 
 QUESTION, ANSWER, IMAGES = ("question", "prompt"), ("answer", "answers"), ("images", "image")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modes_fx import strict_json
 from modes_fx.data.sample import Sample
 from modes_fx.errors import CalibrationError
+from modes_fx.files import strict_json
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """How much of the work one Triton program takes, by card and by rows an expert.
 
-Measured on compute capability 9.0 (H100); reasoned for others from their registers and their shared memory a block: 163 KiB on
-8.0, 99 KiB on 8.6, 8.9 and 12.x. A stage of ``block_linear`` holds a tile of rows and, gated, two tiles of weights.
+Measured on compute capability 9.0 (H100) for more than 48 rows an expert; reasoned for fewer, and for other cards from their
+registers and their shared memory a block: 163 KiB on 8.0, 99 KiB on 8.6, 8.9 and 12.x. A stage of ``block_linear`` holds a tile
+of rows and, gated, two tiles of weights.
 """
 
 from __future__ import annotations

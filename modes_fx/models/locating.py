@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from modes_fx import signed_json
 from modes_fx.errors import ModelError
+from modes_fx.files import signed_json
 
 DEMO = "demo"
 

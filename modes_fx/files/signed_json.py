@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from modes_fx import strict_json
+from modes_fx.errors import ModesFxError
+from modes_fx.files import strict_json
 
 MAX_BYTES = 1 << 28
 MAX_DEPTH = 32
@@ -44,14 +45,24 @@ class TooLargeError(ValueError):
     """A file has more than ``MAX_BYTES``."""
 
 
-def read(path: Path) -> Any:
+def load(path: Path, what: str, error: type[ModesFxError], advice: str) -> Any:
     """Return what a JSON file holds.
 
+    Args:
+        path: The file.
+        what: What it is to be, in a word.
+        error: What to raise.
+        advice: What to do if it cannot be read.
+
     Raises:
-        OSError: It cannot be read.
-        ValueError: It is no JSON, or beyond the limits.
+        ModesFxError: It cannot be read, is no JSON, or beyond the limits.
     """
-    return parse(read_bytes(path))
+    try:
+        return parse(read_bytes(path))
+    except OSError as problem:
+        raise error(f"Cannot read the {what} {path}: {problem.strerror}. {advice}") from problem
+    except ValueError as problem:
+        raise error(f"{path} is not a whole JSON file ({problem}). {advice}") from problem
 
 
 def read_bytes(path: Path) -> bytes:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from modes_fx.errors import ModesFxError
-from modes_fx.files import check_writable, in_any_case, write_atomically
+from modes_fx.files.writing import check_writable, in_any_case, write_atomically
 
 
 @pytest.fixture(autouse=True)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor, PretrainedConfig
 
-from modes_fx import waiting
 from modes_fx.cli import shared
 from modes_fx.errors import ModelError
-from modes_fx.loading import _load_processor
-from modes_fx.meta_model import read_config
-from modes_fx.waiting import hub_answers, look_up
+from modes_fx.models import waiting
+from modes_fx.models.loading import _load_processor
+from modes_fx.models.meta_model import read_config
+from modes_fx.models.waiting import hub_answers, look_up
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "modes_fx.waiting"]
+    return [record.getMessage() for record in caplog.records if record.name == "modes_fx.models.waiting"]
 
 
 def test_the_times_are_those_that_a_user_waits() -> None:

@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
+INSPECTION_SCHEMA = 1
+"""Version of what ``modes-fx inspect --json`` prints; here, so that an error may be told before anything heavy is imported."""
+
 Number = float | Literal["inf", "-inf", "nan"]
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 

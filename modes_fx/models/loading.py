@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from modes_fx.errors import ModelError
-from modes_fx.locating import DEMO
-from modes_fx.waiting import look_up
+from modes_fx.models.locating import DEMO
+from modes_fx.models.waiting import look_up
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool) -> Any:
-    from modes_fx.meta_model import model_class, read_config
+    from modes_fx.models.meta_model import model_class, read_config
 
     config = read_config(name, trust_remote_code=trust_remote_code)
     kind = model_class(config, trust_remote_code=trust_remote_code)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modes_fx import signed_json, strict_json
 from modes_fx.errors import PlanError
+from modes_fx.files import signed_json, strict_json
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES, Rule, register
 

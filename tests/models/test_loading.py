@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from modes_fx import demo
 from modes_fx.errors import ModelError
-from modes_fx.loading import check_torchvision, load
+from modes_fx.models.loading import check_torchvision, load
 from tests import tiny
 
 

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from modes_fx import signed_json
 from modes_fx.errors import CalibrationError
-from modes_fx.plan_fields import ModelFields
+from modes_fx.files import signed_json
+from modes_fx.files.plan_fields import ModelFields
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +58,7 @@ def read(path: str | os.PathLike[str], *, quiet: bool = False) -> ImportanceFiel
         CalibrationError: It is missing, truncated, damaged, changed or something else.
     """
     path = Path(path)
-    try:
-        content = signed_json.read(path)
-    except OSError as error:
-        raise CalibrationError(f"Cannot read the importance {path}: {error.strerror}. {ADVICE}") from error
-    except ValueError as error:
-        raise CalibrationError(f"{path} is not a whole JSON file ({error}). {ADVICE}") from error
+    content = signed_json.load(path, "importance", CalibrationError, ADVICE)
     version = content.get("importance_version") if isinstance(content, dict) else None
     if type(version) is not int or not 1 <= version <= VERSION:
         raise CalibrationError(f"{path} is not an importance of version {VERSION}. {ADVICE}")

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from modes_fx import signed_json, strict_json
 from modes_fx.errors import PlanError
-from modes_fx.files import write_atomically
+from modes_fx.files import signed_json, strict_json
+from modes_fx.files.writing import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -105,12 +105,7 @@ def read(path: str | os.PathLike[str], *, check_digest: bool = True, quiet: bool
 
 
 def _content(path: Path) -> dict[str, Any]:
-    try:
-        content = signed_json.read(path)
-    except OSError as error:
-        raise PlanError(f"Cannot read the plan {path}: {error.strerror}. Make one with modes_fx.calib.search().") from error
-    except ValueError as error:
-        raise PlanError(f"{path} is not a whole JSON file ({error}). Make the plan again.") from error
+    content = signed_json.load(path, "plan", PlanError, "Make one with modes_fx.calib.search().")
     if isinstance(content, dict) and type(content.get("schema_version")) is int and content["schema_version"] > 0:
         return content
     raise PlanError(f"{path} is not a skip plan: it has no schema_version.")

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from modes_fx.errors import ModelError
-from modes_fx.locating import locate
-from modes_fx.waiting import look_up
+from modes_fx.models.locating import locate
+from modes_fx.models.waiting import look_up
 
 logger = logging.getLogger(__name__)
 
