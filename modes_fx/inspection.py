@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import nn
 
 from modes_fx.errors import ModelError
 from modes_fx.files.strict_json import INSPECTION_SCHEMA
@@ -168,6 +168,7 @@ def inspect(
     Raises:
         ModelError: There is no such model, or it cannot be built.
     """
+    wanted = _device(device)
     if not isinstance(model, nn.Module):
         from modes_fx.models.meta_model import build_on_meta, read_config
 
@@ -176,7 +177,8 @@ def inspect(
     # An optimised model's stand-ins serve here too: converting its blocks once more would take their weights away.
     layers = optimized_state(model).layers if is_optimized(model) else find_moe_layers(model)
     weight = next((layers[0].experts if layers else model).parameters(), torch.empty(0))
-    on = _device(device, weight)
+    on = wanted or weight.device
+    on = torch.device("cpu") if on.type == "meta" else on
     facts: dict[str, Any] = {
         "model": type(model).__name__,
         "region": "moe",
@@ -196,12 +198,11 @@ def inspect(
     return Inspection(**facts, sites=sites, notes=_notes(model))
 
 
-def _device(wanted: str | torch.device | None, weight: Tensor) -> torch.device:
+def _device(wanted: str | torch.device | None) -> torch.device | None:
     try:
-        device = torch.device(wanted) if wanted is not None else weight.device
+        return None if wanted is None else torch.device(wanted)
     except RuntimeError as error:
         raise ModelError(f"Unknown device {str(wanted)!r}; known: cpu, cuda and torch's others.") from error
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 @contextlib.contextmanager

@@ -83,7 +83,11 @@ def test_the_device_decides_the_dispatch() -> None:
     assert {site.dispatch for site in modes_fx.inspect(config, device="cuda").sites} == {"static"}
     assert {site.dispatch for site in modes_fx.inspect(config, device="cpu").sites} == {"compact"}
     with pytest.raises(ModelError, match="Unknown device 'gpu'"):
-        modes_fx.inspect(config, device="gpu")
+        modes_fx.inspect("./nowhere", device="gpu")  # before anything is looked for
+
+
+def test_the_embedded_model_has_its_name_here_too() -> None:
+    assert modes_fx.inspect("demo").headline.startswith("8 of 8 routing sites of Qwen3VLMoe")
 
 
 def test_a_config_is_left_as_it_was() -> None:

@@ -135,13 +135,12 @@ def _check_one_architecture(models: Sequence[str], trust_remote_code: bool) -> N
     Raises:
         ModelError: A model is missing, or of another architecture than the first.
     """
-    from modes_fx.demo import CHECKPOINT
     from modes_fx.models.meta_model import read_config
     from modes_fx.plan import config_hash
 
     hashes: dict[str, str] = {}
     for name in models if len(models) > 1 else ():
-        config = read_config(CHECKPOINT if name == DEMO else name, trust_remote_code=trust_remote_code)
+        config = read_config(name, trust_remote_code=trust_remote_code)
         hashes[name] = config_hash(config)
         if hashes[name] != hashes[models[0]]:
             raise ModelError(f"{name} is of another architecture than {models[0]}: they have no mean.")

@@ -25,7 +25,7 @@ def inspect(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A model folder, a config.json (weights are not needed), or the id of a hub model."
+            metavar="MODEL", help="A model folder, a config.json (weights are not needed), a hub model's id, or demo."
         ),
     ],
     device: Annotated[str, typer.Option(help="Where the model is meant to run: cpu or cuda.")] = "cpu",

@@ -164,7 +164,7 @@ def check_model(name: str) -> None:
     Raises:
         ModelError: There is no such folder or file, or its config cannot be read.
     """
-    if name == DEMO or Path(locate(name)).exists() or os.environ.get("HF_HUB_OFFLINE"):
+    if Path(locate(name)).exists() or os.environ.get("HF_HUB_OFFLINE"):
         return
     from modes_fx.models.waiting import hub_answers
 

@@ -13,10 +13,9 @@ from modes_fx.demo.data import Sample, as_data, collate, make_batches, make_samp
 from modes_fx.demo.processor import DemoProcessor
 from modes_fx.demo.shipped import check_checkpoint
 from modes_fx.errors import ModelError
+from modes_fx.models.locating import CHECKPOINT
 
 __all__ = ["CHECKPOINT", "Sample", "as_data", "collate", "load", "make_batches", "make_samples"]
-
-CHECKPOINT = Path(__file__).with_name("checkpoint")
 
 
 def load(

@@ -10,18 +10,19 @@ from modes_fx.errors import ModelError
 from modes_fx.files import signed_json
 
 DEMO = "demo"
+CHECKPOINT = Path(__file__).parent.parent / "demo" / "checkpoint"
 
 
 def locate(source: str | os.PathLike[str]) -> str:
     """Return the path of a model's folder or ``config.json``, or the id of a model on the Hugging Face hub.
 
     Args:
-        source: Any of these; ``~`` is the home folder.
+        source: Any of these, or ``demo``, the embedded model; ``~`` is the home folder.
 
     Raises:
         ModelError: There is no such file or folder, or its config is no JSON object.
     """
-    path = Path(source).expanduser()
+    path = CHECKPOINT if source == DEMO else Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"{path} has no config.json. Pass a folder written by save_pretrained, or a config.json.")
     if path.exists():
