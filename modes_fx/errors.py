@@ -37,6 +37,10 @@ class ModelError(ModesFxError, ValueError):
     """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
 
 
+class ServingError(ModesFxError, ValueError):
+    """A server was asked for what modes-fx cannot serve: it does not start, or keeps the thresholds that it has."""
+
+
 class DeviceError(ModesFxError, ValueError):
     """There is no such device on this machine, or two options name different ones."""
 
