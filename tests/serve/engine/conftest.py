@@ -86,11 +86,7 @@ def asked(samples: Sequence[Sample]) -> list[Asked]:
 class Answer:
     ids: list[int]
     logprobs: list[float]
-    runner_up: list[float]  # by how much each token leads the next one
-
-    @property
-    def closest(self) -> float:
-        return min(self.runner_up, default=float("inf"))
+    leads: list[float]  # of each token before the next best
 
 
 def answer(llm: Any, questions: Sequence[Asked], tokens: int = 16) -> list[Answer]:
@@ -115,27 +111,16 @@ class Reference:
     model: nn.Module
     processor: Any
 
-    def answer(self, questions: Sequence[Asked], tokens: int = 16, *, at_once: int = 16) -> list[list[int]]:
-        return [
-            ids
-            for start in range(0, len(questions), at_once)
-            for ids in self._answer(questions[start : start + at_once], tokens)
-        ]
+    def answer(self, questions: Sequence[Asked], tokens: int = 16) -> list[list[int]]:
+        """Answer greedily, one by one: in a batch, those that have ended would go on being counted."""
+        return [self._answer(question, tokens) for question in questions]
 
-    def _answer(self, questions: Sequence[Asked], tokens: int) -> Iterator[list[int]]:
-        pictures = [list(each.images) for each in questions]
-        inputs = self.processor(
-            text=[each.prompt for each in questions],
-            images=pictures if any(pictures) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        )
+    def _answer(self, question: Asked, tokens: int) -> list[int]:
+        inputs = self.processor(text=[question.prompt], images=list(question.images) or None, return_tensors="pt")
         with torch.inference_mode():
             ids: Tensor = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-        end = self.model.generation_config.eos_token_id
-        for row in ids[:, inputs["input_ids"].shape[1] :].tolist():
-            yield row[: row.index(end) + 1] if end in row else row
+        answer: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        return answer
 
 
 @pytest.fixture(scope="session")
@@ -169,7 +154,7 @@ def reference() -> Iterator[Reference]:
 
 @pytest.fixture(scope="session")
 def questions() -> list[Asked]:
-    return asked(make_samples("test", 12))
+    return asked(make_samples("test", 8))
 
 
 def worker_of(llm: Any) -> Any:
@@ -179,6 +164,10 @@ def worker_of(llm: Any) -> Any:
 
 def thresholds_of(llm: Any) -> Thresholds:
     return worker_of(llm).modes_fx_set_target.__self__._thresholds
+
+
+def set_target(llm: Any, target: float, decode_target: float) -> None:
+    llm.collective_rpc("modes_fx_set_target", args=(target, decode_target))
 
 
 def ratios(before: list[int], after: list[int]) -> dict[str, float]:
