@@ -123,6 +123,16 @@ class Reference:
         return answer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _look_at_models_here() -> Iterator[None]:
+    """vLLM looks at each class of models in a process of its own, which imports all that this one has imported."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
+
+
 @pytest.fixture(scope="session")
 def plan_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return demo_plan().save(tmp_path_factory.mktemp("plan") / "plan.json")
