@@ -14,7 +14,6 @@ from torch import Tensor, nn
 pytest.importorskip("vllm", reason="make test-vllm runs these in an environment of their own")
 
 os.environ |= {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that tests see the worker
     "VLLM_NO_USAGE_STATS": "1",
@@ -49,8 +48,21 @@ def make_engine(model: Any, *, settings: dict[str, Any] | None = None, **changes
     """Start a vLLM, with the plug-in's settings if there are any."""
     from vllm import LLM
 
-    given = {"dtype": "bfloat16", "max_model_len": 512, "enforce_eager": True, "seed": 0, "disable_log_stats": False, **changes}
-    return LLM(model=str(model), additional_config={"modes_fx": settings} if settings else {}, **given)
+    given = {
+        "dtype": "bfloat16",
+        "max_model_len": 512,
+        "kv_cache_memory_bytes": 1 << 26,
+        "enforce_eager": True,
+        "disable_log_stats": False,
+        **changes,
+    }
+    llm = LLM(model=str(model), additional_config={"modes_fx": settings} if settings else {}, **given)
+    _alive.append(llm)
+    return llm
+
+
+_alive: list[Any] = []
+"""An engine that is collected ends the process groups of all others."""
 
 
 IN_CHUNKS: dict[str, Any] = {

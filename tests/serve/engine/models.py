@@ -25,7 +25,8 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _EXPERTS = {"moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4}
-_LATENT = {"q_lora_rank": None, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+_LATENT = {"q_lora_rank": None, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+"""The one size of latent attention that vLLM's CPU kernels take."""
 
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "qwen3_moe": (
@@ -48,7 +49,16 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "sliding_window": 128,
             "layer_types": ["full_attention"] * 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "max_position_embeddings": 8192,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 2.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
         },
     ),
     "deepseek_v3": (
@@ -59,6 +69,8 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
             "num_hidden_layers": 3,
             "moe_intermediate_size": 32,
             "n_routed_experts": 8,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
             "n_group": 2,
             "topk_group": 1,
             "num_experts_per_tok": 3,
@@ -73,7 +85,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
 
 
 def make(family: str) -> nn.Module:
-    """Return a random model in bfloat16 whose routed outputs matter."""
+    """Return a random model whose routed outputs matter."""
     model_class, config_class, changes = FAMILIES[family]
     torch.manual_seed(sum(map(ord, family)))
     model = model_class(config_class(**{**_COMMON, **changes})).eval()
@@ -81,7 +93,7 @@ def make(family: str) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
                 parameter.normal_(std=1.0 if "gate.weight" in name or "router" in name else 0.15)
-    return model.to(torch.bfloat16)
+    return model
 
 
 def save(family: str, folder: Path) -> Path:
