@@ -41,7 +41,7 @@ class Thresholds:
     def __init__(self, top_k: list[int], max_tokens: int, device: torch.device) -> None:
         self.top_k = top_k
         self.bounds = torch.zeros(len(top_k), CLASSES, dtype=torch.float32, device=device)
-        self.bounds[:, PADDING] = math.inf
+        self.bounds[:, PADDING].fill_(math.inf)
         self.classes = torch.full((max_tokens,), DUMMY, device=device)
         self.kept = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.batch = 0
@@ -50,14 +50,14 @@ class Thresholds:
 
     def set_bounds(self, bounds: Tensor) -> None:
         """Put other thresholds in force, [L, phases, modalities]; the next batch sees them."""
-        self.bounds[:, :PADDING] = (bounds.flatten(1) * self.scales.unsqueeze(1)).to(self.bounds.device)
+        self.bounds[:, :PADDING].copy_(bounds.flatten(1) * self.scales.unsqueeze(1))
 
     def begin(self, classes: Tensor, padded: int) -> None:
         """Begin a batch: count the one before, then note the classes of this one's tokens, [T]; padding follows."""
         self._settle()
         tokens = classes.shape[0]
-        self.classes[:tokens] = classes
-        self.classes[tokens:padded] = PADDING
+        self.classes[:tokens].copy_(classes)
+        self.classes[tokens:padded].fill_(PADDING)
         self.batch = padded
 
     def begin_dummy(self) -> None:
