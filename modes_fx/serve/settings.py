@@ -115,6 +115,17 @@ def read_settings(additional: Mapping[str, Any]) -> Settings:
     return Settings(SkipPlan.load(given["plan"]), **targets)
 
 
+def checked_target(given: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return both targets of a request to change them.
+
+    Raises:
+        PlanError: It says something else, or no numbers.
+    """
+    if unknown := sorted(set(map(str, given)) - set(_FIELDS[1:])):
+        raise PlanError(f"Unknown field {unknown[0]!r}; known: {', '.join(_FIELDS[1:])}.")
+    return {name: _number(name, given.get(name)) for name in _FIELDS[1:]}
+
+
 def layer_numbers(names: Sequence[str]) -> list[int]:
     """Return the number of each layer, such as 3 for ``model.layers.3.mlp.experts``.
 

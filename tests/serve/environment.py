@@ -33,7 +33,7 @@ def imports(name: str) -> bool:
 def pins(report: Path) -> list[str]:
     """Return pins of all that pip would install, but this project."""
     found = (each["metadata"] for each in json.loads(report.read_text())["install"])
-    return sorted(f"{each['name'].lower()}=={each['version'].partition('+')[0]}" for each in found if each["name"] != "modes-fx")
+    return sorted(f"{each['name'].lower().replace('_', '-')}=={each['version'].partition('+')[0]}" for each in found if each["name"] != "modes-fx")
 
 
 def main() -> None:
