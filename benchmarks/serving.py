@@ -2,9 +2,9 @@
 
     python benchmarks/serving.py [--prefill 2048] [--decode 16] [--rounds 7] [--threads 2] [--compile]
 
-Random weights (2.6 GB in bfloat16), one request at a time, in an environment with vLLM (`make test-vllm` makes one). Two engines
-in one process, one of which has the plug-in, whose target is changed as it runs; measured in turn, median over rounds of the
-times without / with. Prefill is the time to the first token, decode the time of each that follows.
+Random weights (2.6 GB in bfloat16), one request at a time, in an environment with vLLM (`make test-vllm` makes one). Two
+engines in one process, one of which has the plug-in, whose target is changed as it runs; measured in turn, median over rounds
+of the times without / with. Prefill is the time to the first token, decode the time of each that follows.
 """
 
 import argparse

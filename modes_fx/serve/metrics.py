@@ -72,4 +72,3 @@ def _counter() -> Any:
     from prometheus_client import Counter
 
     return Counter("modes_fx_pairs", "Pairs of token and expert, kept or skipped.", ["modality", "phase", "kept"])
-

@@ -96,7 +96,9 @@ class Settings:
         """
         wanted = layer_numbers(self.plan.layers) if self.plan.alpha is not None else []
         if missing := [number for number in wanted if start <= number < end and number not in numbers]:
-            raise ServingError(f"The plan has thresholds for layer {missing[0]}, where the model has no experts to choose from.")
+            raise ServingError(
+                f"The plan has thresholds for layer {missing[0]}, where the model has no experts to choose from."
+            )
 
 
 def read_settings(additional: Mapping[str, Any]) -> Settings:
@@ -108,7 +110,9 @@ def read_settings(additional: Mapping[str, Any]) -> Settings:
     """
     given = additional[KEY]
     if not isinstance(given, Mapping) or not isinstance(given.get("plan"), str):
-        raise ServingError(f'"{KEY}" in --additional-config is an object with a "plan", the path of a plan file; got {given!r}.')
+        raise ServingError(
+            f'"{KEY}" in --additional-config is an object with a "plan", the path of a plan file; got {given!r}.'
+        )
     if unknown := sorted(set(map(str, given)) - set(_FIELDS)):
         raise ServingError(f'Unknown setting {unknown[0]!r} of "{KEY}" in --additional-config; known: {", ".join(_FIELDS)}.')
     targets = {name: _number(name, given.get(name)) for name in _FIELDS[1:]}

@@ -108,7 +108,9 @@ class LayerThresholds:
         """
         state, tokens = self.thresholds, weights_TK.shape[0]
         if state.batch and tokens != state.batch:
-            raise ServingError(f"A layer was given {tokens} tokens of a batch of {state.batch}: modes-fx cannot serve this model.")
+            raise ServingError(
+                f"A layer was given {tokens} tokens of a batch of {state.batch}: modes-fx cannot serve this model."
+            )
         bound_T = state.bounds[self.index][state.classes[:tokens]]
         keep_TK = weights_TK.float() >= bound_T.unsqueeze(1)
         state.kept[:tokens] += keep_TK.sum(dim=1)

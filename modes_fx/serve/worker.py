@@ -125,7 +125,9 @@ def install(worker: Any, settings: Settings) -> Serving:
     check_config(settings, worker.vllm_config)
     model, runner = worker.get_model(), worker.model_runner
     layers = {
-        module.layer_name: module for module in model.modules() if hasattr(module, "routed_experts") and hasattr(module, "router")
+        module.layer_name: module
+        for module in model.modules()
+        if hasattr(module, "routed_experts") and hasattr(module, "router")
     }
     names = list(layers)
     start, end = worker.model_config.get_layers_start_end_indices(worker.parallel_config)

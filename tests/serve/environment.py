@@ -33,14 +33,18 @@ def imports(name: str) -> bool:
 def pins(report: Path) -> list[str]:
     """Return pins of all that pip would install, but this project."""
     found = (each["metadata"] for each in json.loads(report.read_text())["install"])
-    return sorted(f"{each['name'].lower().replace('_', '-')}=={each['version'].partition('+')[0]}" for each in found if each["name"] != "modes-fx")
+    return sorted(
+        f"{each['name'].lower().replace('_', '-')}=={each['version'].partition('+')[0]}"
+        for each in found
+        if each["name"] != "modes-fx"
+    )
 
 
 def main() -> None:
     """Mend what does not import."""
     if sys.argv[1:]:
-        print("# This file was made by: make lock    (for Linux; made and tested with Python 3.11)")
-        print(*pins(Path(sys.argv[1])), sep="\n")
+        title = "# This file was made by: make lock    (for Linux; made and tested with Python 3.11)"
+        sys.stdout.write("\n".join([title, *pins(Path(sys.argv[1]))]) + "\n")
         return
     if broken := [name for name in ("torchaudio", "torchcodec") if not imports(name)]:
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)

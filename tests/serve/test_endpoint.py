@@ -40,7 +40,8 @@ def test_all_workers_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [({"target": 0.6}, "no target 0.6"), ({"taget": 0.5}, "Unknown field 'taget'"), ({"target": "1"}, "got '1'")]
+    ("given", "said"),
+    [({"target": 0.6}, "no target 0.6"), ({"taget": 0.5}, "Unknown field 'taget'"), ({"target": "1"}, "got '1'")],
 )
 def test_what_the_plan_lacks_is_refused_before_anybody_is_told(given: dict[str, Any], said: str, tmp_path: Path) -> None:
     engine = Engine({"modes_fx": {"plan": str(two_layers().save(tmp_path / "plan.json"))}})

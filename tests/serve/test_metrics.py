@@ -1,13 +1,12 @@
 """What is said of pairs; without vLLM."""
 
+import torch
+
 from modes_fx.serve.metrics import summary
+from modes_fx.serve.settings import Settings
 from modes_fx.serve.thresholds import Thresholds
 from modes_fx.serve.worker import Serving
 from tests.serve.test_settings import SERVED, two_layers
-
-import torch
-
-from modes_fx.serve.settings import Settings
 
 
 def test_the_line_names_what_was_seen() -> None:

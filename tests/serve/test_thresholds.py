@@ -134,9 +134,7 @@ requests = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9), st.integers(
 def test_phases_are_positions_in_the_request(rows: list[tuple[int, int, int]]) -> None:
     """Chunks, mixed batches, cached prefixes, and requests computed anew, generated tokens and all."""
     wanted = [
-        int(position >= prompt)
-        for scheduled, computed, prompt in rows
-        for position in range(computed, computed + scheduled)
+        int(position >= prompt) for scheduled, computed, prompt in rows for position in range(computed, computed + scheduled)
     ]
     assert phases_of(*np.array(rows, dtype=np.int64).T).tolist() == wanted
 

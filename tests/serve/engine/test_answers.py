@@ -101,5 +101,7 @@ def test_each_modality_and_phase_has_thresholds_of_its_own(served: Any, question
         answer(served, questions[:8])
         skipped[target, decode] = ratios(before, pairs(served))
     assert skipped[MOST, NONE]["text decode"] == 0.0 < skipped[MOST, MOST]["text decode"]
-    assert skipped[NONE, MOST]["text decode"] > 0.0 == skipped[NONE, MOST]["text prefill"] == skipped[NONE, MOST]["vision prefill"]
+    assert (
+        skipped[NONE, MOST]["text decode"] > 0.0 == skipped[NONE, MOST]["text prefill"] == skipped[NONE, MOST]["vision prefill"]
+    )
     assert skipped[MOST, NONE]["vision prefill"] == skipped[MOST, MOST]["vision prefill"] > 0.3

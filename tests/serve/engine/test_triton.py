@@ -22,7 +22,14 @@ TOKENS, HIDDEN, INNER, EXPERTS, TOP_K, BLOCK = 24, 16, 8, 6, 3, 4
 
 
 def align(
-    topk_ids: Tensor, num_experts: int, block: int, sorted_ids: Tensor, expert_ids: Tensor, total: Tensor, map_: Any, scatter: Any
+    topk_ids: Tensor,
+    num_experts: int,
+    block: int,
+    sorted_ids: Tensor,
+    expert_ids: Tensor,
+    total: Tensor,
+    map_: Any,
+    scatter: Any,
 ) -> None:
     """csrc/moe/moe_align_sum_kernels.cu: with a map, pairs that it sends to -1 are neither counted nor sorted."""
     assert int(topk_ids.max()) < num_experts
