@@ -17,6 +17,7 @@ from modes_fx.attach.watch import GroupWatch, watch_modality
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.graph.backend import inductor_settings
 from modes_fx.models.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks, no_moe_layer
+from modes_fx.passes.reasons import REASONS
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
 from modes_fx.plan.budget import Budget, budget_of
@@ -222,7 +223,7 @@ def _no_site(state: Optimized) -> NoRoutingSiteError:
     first = found.sites[0]
     return NoRoutingSiteError(
         f"No routing site rewritten in {state.model_name}: {found.found} found, {found.found} rejected ({found.reasons()}). "
-        f"The first, {first.name}: {first.detail}."
+        f"The first, {first.name}: {first.detail}. {REASONS[first.code].advice}"
     )
 
 
