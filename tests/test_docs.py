@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from torch import nn
 
 import modes_fx
 from benchmarks import chart
+from modes_fx.cli import app
 from tests import generated, tiny
 from tests.calib.conftest import with_answers, without_labels
 
@@ -121,6 +123,19 @@ def test_every_make_target_that_is_named_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = set(re.findall(r"(?:`|^    )make ([\w-]+)", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
     assert named <= set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+
+
+@of_every_page
+def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
+    commands: Any = typer.main.get_command(app)
+    for name, rest in re.findall(
+        r"(?:`|^ *|\$ )modes-fx ([a-z][\w-]*)((?:[^`\n#]|\\\n)*)", page.read_text(encoding="utf-8"), re.MULTILINE
+    ):
+        command = commands.commands[name]
+        if hasattr(command, "commands"):
+            command = command.commands[rest.split()[0]]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        assert set(re.findall(r"--[\w-]+", rest)) <= {*known, "--help"}, f"modes-fx {name} {rest}"
 
 
 @of_every_page
