@@ -129,8 +129,8 @@ package: $(UV)  ## build the source package and, from it, the wheel, in out/dist
 	rm -rf out/dist
 	$(UV) build --quiet --build-constraints constraints.txt --out-dir out/dist
 	diff <(tar -tzf out/dist/*.tar.gz | cut -d/ -f2- | grep -v '^PKG-INFO$$' | sort) <(git ls-files --cached --others --exclude-standard | sort)
-	$(UV) venv --quiet --clear --python $(PYTHON) $(BARE)
-	$(UV) pip install --quiet --python $(BARE) --constraints constraints.txt out/dist/*.whl
+	$(PYTHON) -m venv --clear $(BARE)
+	PIP_CONSTRAINT=constraints.txt $(BARE)/bin/python $(PIP) --no-compile out/dist/*.whl
 
 clean:  ## remove the environments and all output
 	rm -rf .venv .venv-* $(THEIRS) out

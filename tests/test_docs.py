@@ -13,6 +13,7 @@ from torch import nn
 
 import modes_fx
 from benchmarks import chart
+from docs import hooks
 from modes_fx.cli import app
 from tests import generated, tiny
 from tests.calib.conftest import with_answers, without_labels
@@ -73,6 +74,20 @@ def test_what_is_made_of_code_is_what_the_code_says(name: str) -> None:
 def test_the_chart_shows_the_figures_beside_it() -> None:
     figures = json.loads(chart.FIGURES.read_text(encoding="utf-8"))
     assert chart.CHART.read_text(encoding="utf-8") == chart.chart(figures), "run `python -m benchmarks.chart`"
+
+
+def test_the_site_has_the_reference_in_the_place_of_each_line() -> None:
+    page = hooks.on_page_markdown((DOCS / "api.md").read_text(encoding="utf-8"))
+    assert "\n::: modes_fx.optimize.optimize\n" in page
+    assert "- `optimize(" not in page
+    assert page.count("\n::: ") == generated.api().count("<!-- name: ")
+
+
+def test_the_version_is_told_alike() -> None:
+    cited = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {modes_fx.__version__}\n" in cited
+    changes = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert changes[0] == modes_fx.__version__
 
 
 @of_every_page
