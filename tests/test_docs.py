@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from torch import nn
 
 import modes_fx
 from benchmarks import chart
-from docs import hooks
 from modes_fx.cli import app
 from tests import generated, tiny
 from tests.calib.conftest import with_answers, without_labels
@@ -77,7 +77,8 @@ def test_the_chart_shows_the_figures_beside_it() -> None:
 
 
 def test_the_site_has_the_reference_in_the_place_of_each_line() -> None:
-    page = hooks.on_page_markdown((DOCS / "api.md").read_text(encoding="utf-8"))
+    hooks = runpy.run_path(str(DOCS / "hooks.py"))
+    page = hooks["on_page_markdown"]((DOCS / "api.md").read_text(encoding="utf-8"))
     assert "\n::: modes_fx.optimize.optimize\n" in page
     assert "- `optimize(" not in page
     assert page.count("\n::: ") == generated.api().count("<!-- name: ")
