@@ -7,6 +7,7 @@
 """
 
 import argparse
+import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -94,7 +95,12 @@ def chart(figures: Mapping[str, Any]) -> str:
             axes.set_xlabel("expert calls skipped")
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    return buffer.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'")
+    return buffer.getvalue().replace("'DejaVu Sans'", "system-ui, 'DejaVu Sans'") + mark(figures) + "\n"
+
+
+def mark(figures: Mapping[str, Any]) -> str:
+    """Return the comment that says which figures a chart was drawn of, whatever matplotlib makes of them."""
+    return f"<!-- {FIGURES.name}: {hashlib.sha256(json.dumps(figures).encode()).hexdigest()} -->"
 
 
 def _draw_quality(axes: Any, figures: Mapping[str, Any]) -> None:
