@@ -8,6 +8,7 @@ from typing import Literal
 from torch import nn
 
 from modes_fx.convert import Form, convertible
+from modes_fx.models.sharding import expert_parallel
 
 Region = Literal["moe", "layer", "model"]
 """``"moe"``: each MoE block. ``"layer"``: each decoder layer. ``"model"``: each stack of decoder layers."""
@@ -46,7 +47,9 @@ class MoeLayer:
 
     @property
     def num_experts(self) -> int:
-        """E; 0 where the block's form is not converted, so that it is unknown."""
+        """E, over all processes; 0 where the block's form is not converted, so that it is unknown."""
+        if (parallel := expert_parallel(self.experts)) is not None:
+            return int(parallel.num_local_experts * parallel.ep_mesh.size())
         return int(getattr(self.experts, "num_experts", 0)) if self.form is None else 0
 
     @property
