@@ -18,6 +18,7 @@ from modes_fx.graph.optimized import Optimized, compile_regions, report_of, trac
 from modes_fx.graph.protection import watch_attention
 from modes_fx.graph.watch import GroupWatch, watch_modality
 from modes_fx.models.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks
+from modes_fx.models.sharding import check_sharding, expert_parallel, sends
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
 from modes_fx.report import Report, SkipStats
@@ -70,7 +71,8 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it; or ``prepack`` has nothing to pack.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks or an all-to-all are inside it; the model is a stage of a
+            pipeline, or in a ``FullyShardedDataParallel``; or ``prepack`` has nothing to pack.
         ModesFxError: An unknown region, dispatch, mode or option.
 
     In every case the model is left as it was, but for one that was optimised before: that may be left restored.
@@ -81,6 +83,7 @@ def optimize(
     _check_choice("region", region, ("moe", "layer", "model"))
     _check_choice("dispatch", dispatch, ("auto", "compact", "static"))
     settings = inductor_settings(mode, options or {})
+    check_sharding(model)
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))
@@ -276,10 +279,16 @@ def _resolve(
 
 
 def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
-    """Refuse to compile over what accelerate wraps around modules to move their weights; a block is then left as it is."""
+    """Refuse to compile over what moves weights or tokens."""
     for module in {id(layer.region(region)): layer.region(region) for layer in layers if region != "moe"}.values():
         if has_accelerate_hooks(module):
             raise ModelError(
                 f"accelerate's hooks move weights inside {type(module).__name__}, which cannot be traced as one graph. "
                 'Use region="moe".'
             )
+    implementations = [expert_parallel(layer.experts) for layer in layers if region != "moe"]
+    if any(found is not None and sends(found) for found in implementations):
+        raise ModelError(
+            "Tokens travel to their experts by all-to-all, which reads their number in every layer and cannot be traced as one "
+            'graph. Use region="moe".'
+        )

@@ -3,9 +3,9 @@
 ::
 
     keep = rule(weights_TK, ...)                            in front of what brings tokens to the experts
-    all-reduce    ids = where(keep, ids, E)                 an expert that nobody holds: no process computes the pair
-    all-to-all    one row and one expert for each kept pair: what is dropped is not sent
-    dispatch      keep = ids < experts held here            by the marker (``experts.marked``), so that the pass computes no other
+    all-reduce    ids = where(keep, ids, E)          an expert that nobody holds: no process computes the pair
+    all-to-all    one row, one expert a kept pair    what is dropped is not sent
+    dispatch      keep = ids < experts held here     by the marker (``experts.held_dispatch``): the pass computes no other
 
 transformers hands the dispatch the id E / processes, and the weight 0, for a pair whose expert lives elsewhere. Keep-rules that
 weigh a token's pairs against each other would see those zeros, so they are asked before.
@@ -31,7 +31,7 @@ _KNOWN = ("AutoEP", "AllReduceEP", "AllToAllEP")
 
 
 class ExpertParallel:
-    """Drops pairs in front of experts of which each process holds some: in the place of what transformers made their ``forward``.
+    """Drops pairs in front of experts of which each process holds some; stands where transformers has put their ``forward``.
 
     Args:
         experts: The module, which knows its site.
@@ -48,7 +48,8 @@ class ExpertParallel:
         name = type(found).__name__
         if name not in _KNOWN or not type(found).__module__.startswith("transformers.") or getattr(found, "megamoe", None):
             how = "an unknown way" if found is None else name
-            raise Reject("EXPERT_PARALLEL", f'tokens reach the experts by {how}: load with ep_implementation="all_reduce" or "all_to_all"')
+            advice = 'load the model with ep_implementation="all_reduce" or "all_to_all"'
+            raise Reject("EXPERT_PARALLEL", f"tokens reach the experts by {how}: {advice}")
         self.implementation = found
         self._experts = experts
         self._forward = vars(experts)["forward"]

@@ -101,14 +101,14 @@ def marked_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
 def held_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Run transformers' ``grouped_mm`` on the experts that this process holds; see ``graph.expert_parallel``.
 
-    A pair whose expert is elsewhere, or that was dropped, has an id that no expert here has. The marker says so, and with it the
-    dispatch can be that of experts that are all here.
+    A pair whose expert is elsewhere, or that was dropped, has an id that no expert here has. The marker says so, and behind it
+    the dispatch can be that of experts that are all here.
     """
     site = site_of(experts)
     if site is None or site.runtime.suspended:
         stock: Tensor = grouped_mm_experts_forward(experts, hidden_TH, ids_TK, weights_TK)
         return stock
-    held = _Held(experts)
+    held: Any = _Held(experts)
     weights_TK = torch.where(ids_TK < held.num_experts, weights_TK, -math.inf)  # which no rule keeps
     classes, bounds = ids_TK.new_zeros(len(ids_TK)), torch.full((1,), _ANY, device=weights_TK.device)
     layer = site.layer if _one_layer.given is None else -1

@@ -122,7 +122,7 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
             state.sites_before.append((layer.experts, attach(layer.experts, Site(state.runtime, index, _uncompiled))))
             if getattr(layer.experts, "_is_expert_parallel", False) and index not in state.rejections:
                 _take_apart(state, index)
-        state.runtime.layers, state.rejections = probe(state.layers, state.runtime, state.rejections)
+        state.runtime.layers, state.rejections = probe(model, state.layers, state.runtime, state.rejections)
         for index in state.rejections:
             if (block := state.layers[index].stands_for) is not None:
                 state.conversions.undo(block)

@@ -16,17 +16,18 @@ from modes_fx.graph.experts import Given, dispatch_of
 from modes_fx.graph.regions import compiled_block
 from modes_fx.graph.runtime import Runtime
 from modes_fx.models.layers import MoeLayer, has_accelerate_hooks
-from modes_fx.models.sharding import expert_parallel, local_weights
+from modes_fx.models.sharding import expert_parallel, whole_weights
 from modes_fx.passes.site import Reject, SiteRecord
 
 
 def probe(
-    layers: Sequence[MoeLayer], runtime: Runtime, refused: Mapping[int, SiteRecord]
+    model: nn.Module, layers: Sequence[MoeLayer], runtime: Runtime, refused: Mapping[int, SiteRecord]
 ) -> tuple[list[MoeLayer], dict[int, SiteRecord]]:
     """Run each layer's block, or its experts module where the block cannot be traced alone, through the pass.
 
     Args:
-        layers: The model's MoE layers, whose experts know their sites.
+        model: The model.
+        layers: Its MoE layers, whose experts know their sites.
         runtime: Learns the rewritten sites (``runtime.sites``).
         refused: Layers that are known not to be rewritten, with the reasons.
 
@@ -50,7 +51,7 @@ def probe(
                 callers[kind] = compiled_block(backend, dispatch_of(module)) if apart else compiled_block(backend)
             tokens = _two_tokens(layer, module)
             try:
-                with torch.no_grad(), local_weights(module):
+                with torch.no_grad(), whole_weights(layer.experts, model, layer.stack, layer.layer, layer.block):
                     output, kept = callers[kind](module, _given(layer, runtime, tokens[0].device), *tokens)
                 if kept is not None:
                     (site,) = last_sites()

@@ -48,9 +48,9 @@ class MoeLayer:
     @property
     def num_experts(self) -> int:
         """E, over all processes; 0 where the block's form is not converted, so that it is unknown."""
-        if (parallel := expert_parallel(self.experts)) is not None:
-            return int(parallel.num_local_experts * parallel.ep_mesh.size())
-        return int(getattr(self.experts, "num_experts", 0)) if self.form is None else 0
+        parallel = expert_parallel(self.experts)
+        processes = 1 if parallel is None else int(parallel.ep_mesh.size())
+        return processes * int(getattr(self.experts, "num_experts", 0)) if self.form is None else 0
 
     @property
     def hidden_size(self) -> int:
