@@ -71,8 +71,8 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: The region is not ``"moe"``, and accelerate's hooks or an all-to-all are inside it; the model is a stage of a
-            pipeline, or in a ``FullyShardedDataParallel``; or ``prepack`` has nothing to pack.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks or an all-to-all are inside it; the model is a stage of
+            a pipeline, or in a ``FullyShardedDataParallel``; or ``prepack`` has nothing to pack.
         ModesFxError: An unknown region, dispatch, mode or option.
 
     In every case the model is left as it was, but for one that was optimised before: that may be left restored.

@@ -88,6 +88,6 @@ def check_sharding(model: nn.Module) -> None:
         )
     if any(hasattr(part, "_fsdp_wrapped_module") or hasattr(part, "_flat_param") for part in model.modules()):
         raise ModelError(
-            f"FullyShardedDataParallel has flattened the weights of {name}. Shard it with torch.distributed.fsdp.fully_shard "
+            "FullyShardedDataParallel has flattened the model's weights. Shard it with torch.distributed.fsdp.fully_shard "
             "(accelerate: fsdp_version=2), before or after modes_fx.optimize()."
         )
