@@ -71,6 +71,11 @@ def attach(experts: nn.Module, site: Site | None) -> Site | None:
     return before
 
 
+def is_attached(experts: nn.Module) -> bool:
+    """Return whether experts know their site in an optimised model."""
+    return _ATTRIBUTE in vars(experts)
+
+
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts of an optimised model; transformers calls this under the name ``modes_fx``.
 
@@ -99,7 +104,7 @@ def marked_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
 
 
 def held_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Run transformers' ``grouped_mm`` on the experts that this process holds; see ``graph.expert_parallel``.
+    """Run transformers' ``grouped_mm`` on the experts that this process holds; see ``attach.expert_parallel``.
 
     A pair whose expert is elsewhere, or that was dropped, has an id that no expert here has. The marker says so, and behind it
     the dispatch can be that of experts that are all here.

@@ -25,7 +25,7 @@ def expert_parallel(experts: nn.Module) -> EPImplementation | None:
         return None
     if inspect.isfunction(forward):
         return inspect.getclosurevars(forward).nonlocals.get("implementation")
-    return getattr(getattr(forward, "__self__", None), "implementation", None)  # graph.expert_parallel stands in its place
+    return getattr(getattr(forward, "__self__", None), "implementation", None)  # attach.expert_parallel stands in its place
 
 
 def sends(implementation: Any) -> bool:
