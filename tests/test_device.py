@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modes_fx import bench
+from modes_fx.bench import parts
+from modes_fx.bench.options import Options
 from modes_fx.device import choose_device, describe_device, device_name
 from modes_fx.errors import DeviceError
 from modes_fx.files import importance_fields
@@ -76,7 +77,7 @@ def test_every_command_refuses_it_before_any_work(command: str, tmp_path: Path, 
 
 def test_a_benchmark_says_what_is_not_there() -> None:
     with pytest.raises(DeviceError, match="no device 'gpu'"):
-        bench.Options(device="gpu")
+        parts.run(Options(device="gpu"))
 
 
 @pytest.mark.usefixtures("measured")

@@ -26,6 +26,7 @@ SEEING = {"tiny/qwen3_vl_moe", "tiny/glm4v_moe"}
 FAMILIES = (*FREE, *(name for name, family in TABLED.items() if not family.expected.startswith("rejected")))
 
 RULES = ("threshold", "batch_threshold", "reduce_k", "naee", "naee_top2", "diep", "random", "mc_moe")
+REGIONS = ("moe", "layer", "model")
 OBSERVABLE = {"tiny/qwen3_vl_moe", "tiny/glm4v_moe", "tiny/qwen3_moe", "tiny/qwen2_moe", "tiny/mixtral", "tiny/olmoe"}
 """Families whose attention runs as sdpa in layers of the usual form, so that a rule that protects tokens can watch it."""
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.9, math.inf)
@@ -126,7 +127,7 @@ def pool(seed: int, size: int = 9) -> list[Stage]:
         if number % 3:
             stages.append(Stage(draw.choice(FAMILIES)))
             continue
-        family, region = draw.choice(tuple(FREE)), draw.choice(("moe", "layer", "model"))
+        family, region = draw.choice(tuple(FREE)), draw.choice(REGIONS)
         dtype = "bfloat16" if number % 6 else "float32"
         watched = family in OBSERVABLE and dtype == "float32"
         rule = draw.choice([rule for rule in RULES if rule != "mc_moe" or watched])
