@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modes_fx.bench.models import block_of, build, draw, route
-from modes_fx.bench.presets import config_of
-from modes_fx.bench.settings import DEFAULT, Contender, Twins, thresholds
-from modes_fx.compare.speed import RECOMPILE_LIMIT, Setting
 from modes_fx.errors import ModesFxError, in_a_line
+from modes_fx.measure.bench.models import block_of, build, draw, route
+from modes_fx.measure.bench.presets import config_of
+from modes_fx.measure.bench.settings import DEFAULT, Contender, Twins, thresholds
+from modes_fx.measure.compare.speed import RECOMPILE_LIMIT, Setting
+from modes_fx.measure.timing import in_turn, now
 from modes_fx.modality import token_modality
-from modes_fx.timing import in_turn, now
 
 DECODE, PREFILL = (0.0, 0.5, 0.88), (0.0, 0.75, 0.88)  # skipped
 OURS = "modes-fx"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import modes_fx
 from modes_fx import modality
+from modes_fx.attach.watch import ModalityWatch
 from modes_fx.errors import ModalityError
 from modes_fx.graph.running import running
 from modes_fx.modality import vision_token_ids
@@ -271,8 +272,9 @@ def test_a_token_that_may_look_at_nothing_is_padding(watched: Any, masked: torch
     mask = may_look if masked == torch.bool else torch.zeros(may_look.shape).masked_fill(~may_look, torch.finfo(masked).min)
     ids = torch.tensor([[5, 6, 7]])
     assert seen(watched, input_ids=ids, attention_mask=mask) == ([[2, 0, 0]], "prefill")
-    assert seen(watched, input_ids=ids, attention_mask={"full_attention": mask}) == ([[2, 0, 0]], "prefill")
-    assert seen(watched, input_ids=ids, attention_mask={"full_attention": None}) == ([[0, 0, 0]], "prefill")
+    told = ModalityWatch._with_padding
+    assert told(torch.zeros_like(ids), {"full_attention": None, "sliding_attention": mask}).tolist() == [[2, 0, 0]]
+    assert told(torch.zeros_like(ids), {"full_attention": None}).tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.usefixtures("without_inductor")

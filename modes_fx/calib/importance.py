@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.estimate import estimate
-from modes_fx.calib.objective import Answers, Batch, checked, divergence, optimized
+from modes_fx.calib.objective import Answers, checked, divergence, optimized
 from modes_fx.calib.resume import Tape, mistrust
+from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError
 from modes_fx.files.importance_fields import Method, Mode
 from modes_fx.modality import MODALITIES

@@ -32,7 +32,7 @@ def bench(
     plot: Annotated[Path | None, output_file("File for a plot, SVG.")] = None,
 ) -> None:
     """Time layers of a well-known shape with random weights: stock, modes-fx and, if installed, vLLM's CPU kernel, in turn."""
-    from modes_fx.bench.options import Options, Skew, check_plot
+    from modes_fx.measure.bench.options import Options, Skew, check_plot
 
     options = Options(
         preset=preset, parts=parts, tokens=tokens, skips=skip, layers=layers, prompt=prompt, cache=cache, growth_to=growth_to,
@@ -41,11 +41,11 @@ def bench(
     if plot is not None:
         check_plot(options)
 
-    from modes_fx.bench import output
-    from modes_fx.bench.parts import Bench, run
-    from modes_fx.device import choose_device
     from modes_fx.files import strict_json
     from modes_fx.files.writing import write_atomically
+    from modes_fx.measure.bench import output
+    from modes_fx.measure.bench.parts import Bench, run
+    from modes_fx.models.device import choose_device
 
     choose_device(device)
     be_quiet()

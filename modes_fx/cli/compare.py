@@ -20,7 +20,7 @@ from modes_fx.files.importance_fields import Mode
 from modes_fx.models.locating import DEMO
 
 if TYPE_CHECKING:
-    from modes_fx.compare import Comparison, Row
+    from modes_fx.measure.compare import Comparison, Row
     from modes_fx.plan import SkipPlan
 
 _SAMPLES = 1024
@@ -38,13 +38,7 @@ def compare(
     ] = None,
     test_data: Annotated[Path | None, typer.Option("--test-data", "--held-out", help="Other data, to measure on.")] = None,
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
-    targets: Annotated[list[float], typer.Option(callback=shared.ratios, help="Skip ratios to reach, in [0, 1].")] = [
-        0.5,
-        0.67,
-        0.75,
-        0.83,
-        0.88,
-    ],  # noqa: B006
+    targets: shared.TargetsOption = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
     rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
     out: Annotated[Path, shared.output_folder("Folder for compare.html, compare.json and compare.csv.")] = Path("out/compare"),
     importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
@@ -91,12 +85,12 @@ def compare(
         shared.check_model(name)
 
     from modes_fx.calib.trials import data_hash, versions
-    from modes_fx.compare import CONTENDERS
-    from modes_fx.compare import compare as run
-    from modes_fx.compare.contenders import contender
-    from modes_fx.compare.output import mean_rows, write
-    from modes_fx.compare.rows import short_names
-    from modes_fx.page.closeup import Closeup, look_closely
+    from modes_fx.measure.compare import CONTENDERS
+    from modes_fx.measure.compare import compare as run
+    from modes_fx.measure.compare.contenders import contender
+    from modes_fx.measure.compare.output import mean_rows, write
+    from modes_fx.measure.compare.rows import short_names
+    from modes_fx.measure.page.closeup import Closeup, look_closely
 
     shared.check_device(device, device_map)
     for rule in rules or ():
@@ -196,7 +190,7 @@ _RATIOS = {"skipped": "all", "text": "text", "vision": "vision"}
 
 def _print_ablation(rows: Sequence[Row]) -> None:
     """Print what each part of the method does on its own, where more than one was compared."""
-    from modes_fx.compare.contenders import ABLATION
+    from modes_fx.measure.compare.contenders import ABLATION
 
     parts = {name: [row for row in rows if row.rule == name] for name in ABLATION}
     parts = {name: mine for name, mine in parts.items() if mine}
@@ -222,7 +216,7 @@ _PARTS = {
 
 
 def _print_speed(rows: Sequence[Row], found: Mapping[str, Comparison]) -> None:
-    from modes_fx.compare.rows import short_names
+    from modes_fx.measure.compare.rows import short_names
 
     if not rows:
         return

@@ -36,22 +36,16 @@ def exponents(values: list[float]) -> list[float]:
     return values
 
 
+GammasOption = Annotated[list[float], typer.Option(callback=exponents, help="Exponents of the importance to try.")]
+
+
 def search(
     model: shared.ModelArgument,
     data: shared.DataOption = None,
     importance: Annotated[Path, typer.Option(help="What `modes-fx calibrate` wrote.")] = Path("importance.json"),
     out: Annotated[Path, shared.output_file("File for the plan.")] = Path("plan.json"),
-    targets: Annotated[list[float], typer.Option(callback=shared.ratios, help="Skip ratios to reach, in [0, 1].")] = [
-        0.5,
-        0.75,
-        0.875,
-    ],  # noqa: B006
-    gammas: Annotated[list[float], typer.Option(callback=exponents, help="Exponents of the importance to try.")] = [
-        0.0,
-        0.25,
-        0.5,
-        1.0,
-    ],  # noqa: B006
+    targets: shared.TargetsOption = [0.5, 0.75, 0.875],  # noqa: B006
+    gammas: GammasOption = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality.")] = 24,
     held_out: Annotated[Path | None, typer.Option(help="Other data, to measure each chosen point on.")] = None,
     held_out_split: Annotated[str | None, typer.Option(help="Its split.")] = None,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import StaticCache
 
 import modes_fx
-from modes_fx.budget import budget_of
 from modes_fx.models.layers import find_moe_layers
 from modes_fx.plan import PlanPoint, SkipPlan
+from modes_fx.plan.budget import budget_of
 from modes_fx.policies.batch_threshold import slack_tables
 from modes_fx.policies.chance import seed_tables
 from tests import harness, tiny
