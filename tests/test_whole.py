@@ -14,6 +14,7 @@ pytestmark = [
 SEED = 0
 
 
+@pytest.mark.slow
 def test_two_hundred_cases_are_answered_as_the_oracle_does() -> None:
     found = soak.search_cases(soak.EACH, SEED)
     undecided = {why: number for why, number in found.items() if why.startswith("undecided")}
@@ -48,6 +49,7 @@ def test_a_failure_says_how_to_run_it_again_and_an_undecided_case_is_none() -> N
     assert Case.parse(said).call.steps == 2  # the smallest that fails
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_inductor")
 def test_a_minute_of_the_soak_in_seconds() -> None:
     counts = soak.soak(3, SEED, dataclasses.replace(soak.STAGE, inductor=False))
