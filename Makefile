@@ -17,7 +17,7 @@ LMMS   := lmms-eval==0.7.3
 THEIRS := .upstream
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz crash lint bench bench-full gpu-check coverage pages docs package lock clean
+.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz crash soak lint bench bench-full gpu-check coverage pages docs package lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -100,6 +100,9 @@ fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused,
 
 crash: $(SYNC)  ## kill calibrate, search and compare 50 times each and go on: the result of an uncut run (half an hour)
 	$(BIN)/python -m tests.crash
+
+soak: $(SYNC)  ## thousands of random models, plans and calls against the oracle, then four threads and a plan a second (2 hours)
+	$(BIN)/python -m tests.soak
 
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -27,13 +28,24 @@ def seconds(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
+def exponents(values: list[float]) -> list[float]:
+    """Refuse gammas that are none; a callback."""
+    for value in values:
+        if not 0 <= value < math.inf:
+            raise typer.BadParameter(f"{value:g} is no exponent: pass finite numbers >= 0.")
+    return values
+
+
+GammasOption = Annotated[list[float], typer.Option(callback=exponents, help="Exponents of the importance to try.")]
+
+
 def search(
     model: shared.ModelArgument,
     data: shared.DataOption = None,
     importance: Annotated[Path, typer.Option(help="What `modes-fx calibrate` wrote.")] = Path("importance.json"),
     out: Annotated[Path, shared.output_file("File for the plan.")] = Path("plan.json"),
-    targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.75, 0.875],  # noqa: B006
-    gammas: Annotated[list[float], typer.Option(help="Exponents of the importance to try.")] = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
+    targets: shared.TargetsOption = [0.5, 0.75, 0.875],  # noqa: B006
+    gammas: GammasOption = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality.")] = 24,
     held_out: Annotated[Path | None, typer.Option(help="Other data, to measure each chosen point on.")] = None,
     held_out_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
@@ -55,6 +67,8 @@ def search(
 ) -> None:
     """Find, for each target skip ratio, the thresholds that change the model's answers least; write them as a plan."""
     source = shared.Source(data, data_format, split, samples, seed, max_bad)
+    other = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
+    shared.check_data(other)
     shared.check_inputs(model, source)
     importance_fields.read(importance, quiet=True)
 
@@ -72,7 +86,6 @@ def search(
         batches = shared.load_batches(network, processor, source, batch_size, bars)
         fresh = None
         if held_out is not None:
-            other = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
             fresh = shared.load_batches(network, processor, other, batch_size, bars)
         plan = find(
             network, batches, known.importance, targets, gammas=gammas, grid_size=grid_size, held_out=fresh,
