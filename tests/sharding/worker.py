@@ -1,4 +1,4 @@
-"""One of two processes that share models: ``python -m tests.sharding.worker RANK FOLDER``; ``test_sharding`` starts both.
+"""One of two processes that share models: ``python -m tests.sharding.worker GROUP RANK FOLDER``; ``conftest`` starts both.
 
 What each check finds is left in ``FOLDER/RANK.pt``, by the check's name.
 """
@@ -38,7 +38,9 @@ FEW = tiny.text_batch(rows=1, length=5, seed=3)
 RULES = ("naee", "naee_top2", "diep", "random", "batch_threshold")
 SHARED = {"tp_size": 2, "tp_plan": "auto"}
 SENT = {**SHARED, "ep_size": 2, "ep_implementation": "all_to_all"}
-CHECKS: dict[str, Callable[[Path], dict[str, Any]]] = {}
+Check = Callable[[Path], dict[str, Any]]
+CHECKS: dict[str, dict[str, Check]] = {"held": {}, "sent": {}}
+"""By group: tokens that both processes hold; tokens that travel, or that each has of its own, and what is refused."""
 
 
 def own_batch(rank: int) -> dict[str, Tensor]:
@@ -63,9 +65,12 @@ def victims() -> list[list[int]]:
     return [sorted(set(range(6)) - each) for each in kept]
 
 
-def check(function: Callable[[Path], dict[str, Any]]) -> Callable[[Path], dict[str, Any]]:
-    CHECKS[function.__name__] = function
-    return function
+def check(group: str) -> Callable[[Check], Check]:
+    def add(function: Check) -> Check:
+        CHECKS[group][function.__name__] = function
+        return function
+
+    return add
 
 
 def sharded(family: str = "qwen3_vl_moe", **config: Any) -> nn.Module:
@@ -115,7 +120,7 @@ def rows_sent() -> Iterator[list[int]]:
         expert_parallel.all_to_all_single_autograd = send
 
 
-@check
+@check("held")
 def tensor_parallel(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
@@ -125,7 +130,7 @@ def tensor_parallel(folder: Path) -> dict[str, Any]:
     return {**found, "generated": generated(model, inputs), "graphs": modes_fx.report(model).graphs}
 
 
-@check
+@check("held")
 def experts_from_pretrained(folder: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +146,7 @@ def generated(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return model.generate(**inputs, max_new_tokens=5, do_sample=False)
 
 
-@check
+@check("held")
 def all_reduce(folder: Path) -> dict[str, Any]:
     """Experts in two processes that hold the same tokens: every region and both dispatches, and one graph around the model."""
     model = sharded(**SHARED, ep_size=2)
@@ -155,7 +160,7 @@ def all_reduce(folder: Path) -> dict[str, Any]:
     return found
 
 
-@check
+@check("held")
 def one_graph(folder: Path) -> dict[str, Any]:
     """``torch.compile`` around the model: its graph as it is, and as the pass leaves it."""
     model, inputs, seen = modes_fx.optimize(sharded("qwen3_moe", **SHARED, ep_size=2), PLAN), tiny.text_batch(), []
@@ -175,7 +180,7 @@ def one_graph(folder: Path) -> dict[str, Any]:
     return {**found, "sites": seen}
 
 
-@check
+@check("held")
 def rows_computed(folder: Path) -> dict[str, Any]:
     """What reaches the GEMMs, and that experts which nothing keeps are not touched: they hold NaN."""
     log = harness.GemmLog()
@@ -194,16 +199,14 @@ def rows_computed(folder: Path) -> dict[str, Any]:
     return found
 
 
-@check
+@check("held")
 def rules(folder: Path) -> dict[str, Any]:
     """Rules that weigh a token's pairs against each other, or need tables of all experts."""
     model = sharded(**SHARED, ep_size=2)
-    found: dict[str, Any] = {rule: answer(modes_fx.optimize(model, plan_of_rule(rule, 0.5)), MIXED) for rule in RULES}
-    found["mc_moe"] = refusal(lambda: modes_fx.optimize(model, plan_of_rule("mc_moe", 0.5)))
-    return found
+    return {rule: answer(modes_fx.optimize(model, plan_of_rule(rule, 0.5)), MIXED) for rule in RULES}
 
 
-@check
+@check("sent")
 def all_to_all(folder: Path) -> dict[str, Any]:
     """The tokens travel, between processes that hold the same ones: each sends its share."""
     model = sharded(**SENT)
@@ -222,7 +225,7 @@ def all_to_all(folder: Path) -> dict[str, Any]:
     return found
 
 
-@check
+@check("sent")
 def in_parts(folder: Path) -> dict[str, Any]:
     """``torch.compile`` around the model, where stock reads sizes from the host in every layer."""
     model = modes_fx.optimize(sharded("qwen3_moe", **SENT), PLAN)
@@ -231,7 +234,7 @@ def in_parts(folder: Path) -> dict[str, Any]:
         return {"logits": torch.compile(model, backend="eager")(**tiny.text_batch(), use_cache=False).logits}
 
 
-@check
+@check("sent")
 def data_parallel(folder: Path) -> dict[str, Any]:
     """Each process has tokens of its own: their experts in the other, or all weights in both (FSDP2)."""
     mine = own_batch(dist.get_rank())
@@ -255,7 +258,7 @@ class Elsewhere(expert_parallel.AllReduceEP):
     """Somebody's own way to bring tokens to experts."""
 
 
-@check
+@check("sent")
 def refusals(folder: Path) -> dict[str, Any]:
     expert_parallel.EPImplementationInterface.register("elsewhere", Elsewhere)
     unknown = sharded(**SHARED, ep_size=2, ep_implementation="elsewhere")
@@ -267,6 +270,7 @@ def refusals(folder: Path) -> dict[str, Any]:
         "stock runs on": harness.logits(unknown, MIXED),
         "importance": refusal(lambda: layer_importance(model, [batch])),
         "objective": refusal(lambda: Objective(modes_fx.optimize(model, PLAN), [batch])),
+        "mc_moe": refusal(lambda: modes_fx.optimize(model, plan_of_rule("mc_moe", 0.5))),
         "prepack": refusal(lambda: modes_fx.optimize(model, PLAN, prepack=True)),
         "bare backend": bare_backend(),
         "pipeline": refusal(lambda: modes_fx.optimize(sharded("qwen3_moe", pp_size=2), PLAN)),
@@ -284,14 +288,14 @@ def bare_backend() -> str:
     return ", ".join(sorted({f"{site.status} {site.code}: {site.detail}" for site in report.sites}))
 
 
-def main(rank: int, folder: Path) -> None:
+def main(group: str, rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
         harness.compile_with(patch, harness.uncompiled)
         found = {}
-        for name, function in CHECKS.items():
+        for name, function in CHECKS[group].items():
             sys.stderr.write(f"{time.process_time():.0f} s of CPU time: {name}\n")  # shown where a process fails or hangs
             found[name] = function(folder)
     plain = functools.partial(tree_map_only, Tensor, lambda tensor: tensor.detach().clone())
@@ -301,4 +305,4 @@ def main(rank: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
