@@ -68,8 +68,8 @@ def search(
 
     from modes_fx.calib import processes
     from modes_fx.calib import search as find
-    from modes_fx.calib.plainest import worse_than_reduce_k
     from modes_fx.calib.importance_file import ImportanceFile
+    from modes_fx.calib.plainest import worse_than_reduce_k
 
     shared.check_device(device, device_map)
     with shared.session(device) as bars:
@@ -103,9 +103,9 @@ def say_worse(points: Sequence[Worse]) -> None:
     """Print which targets lose more than Reduce-k, and what to do."""
     for worse in points:
         console.print(
-            f"Target {worse.target:g} is worse than the plainest rule: on the data held back it skips {worse.ratio:.1%} at a KL "
-            f"of {worse.kl:.1e}, where keeping each token's {worse.k} largest weights costs {worse.kl_of_k:.1e}. Search with more "
-            "--samples or a larger --grid-size.",
+            f"Target {worse.target:g} is worse than the plainest rule: on the data held back it skips {worse.ratio:.1%} at a "
+            f"KL of {worse.kl:.1e}, where keeping each token's {worse.k} largest weights costs {worse.kl_of_k:.1e}. Search with "
+            "more --samples or a larger --grid-size.",
             highlight=False,
         )
 

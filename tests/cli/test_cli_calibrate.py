@@ -11,8 +11,7 @@ import pytest
 
 from modes_fx.calib.importance_file import ImportanceFile
 from modes_fx.calib.plainest import Worse
-from modes_fx.cli.search import say_worse
-from modes_fx.cli.search import seconds
+from modes_fx.cli.search import say_worse, seconds
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from modes_fx.files import signed_json
