@@ -104,8 +104,8 @@ def say_worse(points: Sequence[Worse]) -> None:
     for worse in points:
         console.print(
             f"Target {worse.target:g} is worse than the plainest rule: on the data held back it skips {worse.ratio:.1%} at a "
-            f"KL of {worse.kl:.1e}, where keeping each token's {worse.k} largest weights costs {worse.kl_of_k:.1e}. Search with "
-            "more --samples or a larger --grid-size.",
+            f"KL of {worse.kl:.1e}, where keeping each token's {worse.k} largest weights costs {worse.kl_of_k:.1e}. Search "
+            "with more --samples or a larger --grid-size.",
             highlight=False,
         )
 
