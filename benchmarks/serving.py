@@ -43,11 +43,24 @@ def start(folder: Path, plan: SkipPlan | None, options: argparse.Namespace) -> A
     from vllm import LLM
 
     settings = {} if plan is None else {"modes_fx": {"plan": str(plan.save(folder / f"{id(plan)}.json"))}}
-    return LLM(
+    llm = LLM(
         model=str(folder), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=not options.compile,
         max_model_len=options.prefill + options.decode + 64, max_num_batched_tokens=options.prefill + 64, max_num_seqs=4,
         kv_cache_memory_bytes=1 << 27, enable_prefix_caching=False, additional_config=settings, disable_log_stats=True,
     )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in worker_of(llm).get_model().named_parameters():  # vLLM's dummy weights route all tokens alike
+        if name.endswith("norm.weight"):
+            parameter.data.fill_(1.0)
+        elif name.endswith(("embed_tokens.weight", "mlp.gate.weight")):
+            scale = 1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return llm
+
+
+def worker_of(llm: Any) -> Any:
+    """Return the worker of an engine in this process."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
 def seconds(llm: Any, length: int, tokens: int, seed: int) -> float:
@@ -63,9 +76,8 @@ def seconds(llm: Any, length: int, tokens: int, seed: int) -> float:
 
 def routing_weights(llm: Any, length: int) -> torch.Tensor:
     """Return the routing weights of one request, [pairs]: to find thresholds that skip a given part of them."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     seen: list[torch.Tensor] = []
-    layers = [module for module in worker.get_model().modules() if hasattr(module, "routed_experts")]
+    layers = [module for module in worker_of(llm).get_model().modules() if hasattr(module, "routed_experts")]
     for layer in layers:
         choose = layer.router._compute_routing
         layer.router._compute_routing = lambda *args, _choose=choose, **kwargs: _note(seen, _choose(*args, **kwargs))
