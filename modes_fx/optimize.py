@@ -17,6 +17,7 @@ from modes_fx.attach.watch import GroupWatch, watch_modality
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.graph.backend import inductor_settings
 from modes_fx.models.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks, no_moe_layer
+from modes_fx.models.sharding import check_sharding, expert_parallel, sends
 from modes_fx.passes.reasons import REASONS
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
@@ -76,7 +77,8 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it; or ``prepack`` has nothing to pack.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks or an all-to-all are inside it; the model is a stage of
+            a pipeline, or in a ``FullyShardedDataParallel``; or ``prepack`` has nothing to pack.
         ModesFxError: An unknown region, dispatch, mode or option.
 
     In every case the model is left as it was, but for one that was optimised before: that may be left restored.
@@ -87,6 +89,7 @@ def optimize(
     _check_choice("region", region, ("moe", "layer", "model"))
     _check_choice("dispatch", dispatch, ("auto", "compact", "static"))
     settings = inductor_settings(mode, options or {})
+    check_sharding(model)
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))
@@ -271,10 +274,16 @@ def _resolve(
 
 
 def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
-    """Refuse to compile over what accelerate wraps around modules to move their weights; a block is then left as it is."""
+    """Refuse to compile over what moves weights or tokens."""
     for module in {id(layer.region(region)): layer.region(region) for layer in layers if region != "moe"}.values():
         if has_accelerate_hooks(module):
             raise ModelError(
                 f"accelerate's hooks move weights inside {type(module).__name__}, which cannot be traced as one graph. "
                 'Use region="moe".'
             )
+    implementations = [expert_parallel(layer.experts) for layer in layers if region != "moe"]
+    if any(found is not None and sends(found) for found in implementations):
+        raise ModelError(
+            "Tokens travel to their experts by all-to-all, which reads their number in every layer and cannot be traced as one "
+            'graph. Use region="moe".'
+        )

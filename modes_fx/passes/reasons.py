@@ -53,8 +53,9 @@ REASONS: dict[str, Reason] = {
         "Compile the model, not a function that makes its weights.",
     ),
     "EXPERT_PARALLEL": Reason(
-        "Some experts live in another process.",
-        "Load the model without expert parallelism; `device_map='auto'` spreads it over several devices of one process.",
+        "Some experts live in another process, and tokens reach them in a way that is not known.",
+        "Load the model with `ep_implementation='all_reduce'` or `'all_to_all'`, as docs/serving.md has it; the bare backend "
+        "takes no expert parallelism.",
     ),
     # a block that is to be traced or converted (attach, models.convert)
     "NOT_TRACEABLE": Reason(
