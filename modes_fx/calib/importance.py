@@ -132,7 +132,9 @@ def _measure(
             for done, (layer, column) in enumerate(steps, start=1 + index * len(steps)):
                 if tape.concerns(layer, column):
                     with tape.resumed(layer, column):
-                        losses.append((layer, column, divergence_of_rows(reference, answers(batch)[0]).sum(dtype=torch.float64)))
+                        losses.append(
+                            (layer, column, divergence_of_rows(reference, answers(batch)[0]).sum(dtype=torch.float64))
+                        )
                 if on_step is not None:
                     on_step(done, len(data) * len(steps))
         for layer, column, loss in losses:  # read when all is on its way

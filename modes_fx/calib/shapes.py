@@ -21,8 +21,8 @@ def in_few_shapes(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     """Pad batches to the longest one's length, or one that is at most a quarter longer than their own.
 
     Args:
-        batches: With ``labels`` [B, S]; what else has this shape is padded with it, ``input_ids`` with one of its own tokens that
-            nobody sees. Batches with positions or masks of another form stay as they are.
+        batches: With ``labels`` [B, S]; what else has this shape is padded with it, ``input_ids`` with the row's last token,
+            which nobody sees there. Batches with positions or masks of another form stay as they are.
 
     Returns:
         The batches, in order.
@@ -32,9 +32,7 @@ def in_few_shapes(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     for length in sorted({batch["labels"].shape[1] for batch in batches if _can_be_longer(batch)}, reverse=True):
         longest = longest if length * _MOST_LONGER >= longest > 0 else length
         lengths[length] = longest
-    return [
-        _longer(batch, lengths[batch["labels"].shape[1]]) if _can_be_longer(batch) else batch for batch in batches
-    ]
+    return [_longer(batch, lengths[batch["labels"].shape[1]]) if _can_be_longer(batch) else batch for batch in batches]
 
 
 def _can_be_longer(batch: Mapping[str, Any]) -> bool:

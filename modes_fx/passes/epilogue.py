@@ -6,10 +6,10 @@
     gate, up = y.chunk(2, dim=-1)                     ->         v0 = a + bias_a
     z = silu(gate) * up                                          ...''')
 
-Taken: arithmetic and the usual activations, clamps, biases of each expert, and one split of the columns, into halves or into even
-and odd ones; as far behind the GEMM as nothing but a last value is used by others. Numbers stay float32 in between, as in what
-Inductor generates. Left to Inductor, which computes it on all rows: whatever else there is, such as norms over a row or what
-combines two GEMMs.
+Taken: arithmetic and the usual activations, clamps, biases of each expert, and one split of the columns, into halves or into
+even and odd ones; as far behind the GEMM as nothing but a last value is used by others. Numbers stay float32 in between, as in
+what Inductor generates. Left to Inductor, which computes it on all rows: whatever else there is, such as norms over a row or
+what combines two GEMMs.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ class _Writer:
         of = self.values.get(source) if isinstance(source, fx.Node) else None
         if of is None and name not in _BINARY:
             return None
-        if is_in_place(node) and not (len(source.users) == 1 and (source is self.gemm or source in self.lines)):  # a view of others
+        if is_in_place(node) and not (
+            len(source.users) == 1 and (source is self.gemm or source in self.lines)
+        ):  # a view of others
             return None
         if name in _SAME:
             return of if _at_least_as_precise(node, self.gemm) else None
@@ -160,7 +162,11 @@ class _Writer:
             dim = argument(node, 2, "dim")
             count = argument(node, 1, "chunks" if name == "chunk" else "split_size_or_sections")
             asked = 2 if name == "chunk" else _columns(source) // 2
-            return ((of[0],), (of[1],)) if self.parts == "halves" and self._is_whole(of) and dim in (-1, 1) and count == asked else None
+            return (
+                ((of[0],), (of[1],))
+                if self.parts == "halves" and self._is_whole(of) and dim in (-1, 1) and count == asked
+                else None
+            )
         if name == "getitem":
             return self._item(node, of)
         if name in _BOUNDS:
@@ -215,7 +221,10 @@ class _Writer:
         if any(item is None for item in given):
             return None
         width = max(len(item) for item in given if item is not None)
-        columns = [item * width if len(item) == 1 and not isinstance(source, fx.Node) else item for item, source in zip(given, node.args)]
+        columns = [
+            item * width if len(item) == 1 and not isinstance(source, fx.Node) else item
+            for item, source in zip(given, node.args, strict=True)
+        ]
         if any(len(item) != width or isinstance(item[0], tuple) for item in columns):
             return None  # one is half as wide as the other
         return self._written(node, [form.format(*parts) for parts in zip(*columns, strict=True)])

@@ -9,8 +9,8 @@ For a ``RoutingSite`` of the form ``grouped_mm``, with S = T * K pairs::
     z = block_linear(y, order, blocks, W2)               back in the order of pairs; biases within
     out = pair_sum(z, experts_S, weights)
 
-What a site does between its GEMMs is generated into their programs, see ``epilogue``; what cannot be stays in the graph, on S rows
-of which those behind the last block hold no data.
+What a site does between its GEMMs is generated into their programs, see ``epilogue``; what cannot be stays in the graph, on S
+rows of which those behind the last block hold no data.
 
 Where there are no more pairs than experts, nothing is sorted: rows are pairs, a program computes one of them
 (``pair_linear``), or adds up those of one token (``pair_combine``). See ``modes_fx/kernels/cuda`` for what the operations do.
@@ -106,7 +106,9 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
         given = hidden if takes_tokens else input_of(gemm), weight_of(gemm), *place
         biases = () if epilogue.bias is None else (epilogue.bias,)
         settings: dict[str, Any] = {
-            "top_k": site.top_k if takes_tokens else 0, "epilogue": epilogue.text, "sizes": _sizes(gemm, rows, 1 + bool(epilogue.parts)),
+            "top_k": site.top_k if takes_tokens else 0,
+            "epilogue": epilogue.text,
+            "sizes": _sizes(gemm, rows, 1 + bool(epilogue.parts)),
         }
         emitter = Emitter(before=epilogue.end)
         if alone and rows is None and not epilogue.parts:
@@ -196,18 +198,16 @@ def _sort(
 
 
 def _block_linear(
-    x: Tensor, weight: Tensor, order: Tensor, blocks: Tensor, bias: Tensor | None = None, *, top_k: int, scatter: bool, parts: str,
-    epilogue: str, sizes: list[int],
+    x: Tensor, weight: Tensor, order: Tensor, blocks: Tensor, bias: Tensor | None = None, *, top_k: int, scatter: bool,
+    parts: str, epilogue: str, sizes: list[int],
 ) -> Tensor:  # fmt: skip
-    y: Tensor = torch.ops.modes_fx.block_linear.default(
-        x, order, blocks, weight, bias, top_k, scatter, parts, epilogue, sizes
-    )
+    y: Tensor = torch.ops.modes_fx.block_linear.default(x, order, blocks, weight, bias, top_k, scatter, parts, epilogue, sizes)
     return y
 
 
 def _pair_linear(
-    x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None, *, top_k: int, scatter: bool, parts: str, epilogue: str,
-    sizes: list[int],
+    x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None, *, top_k: int, scatter: bool, parts: str,
+    epilogue: str, sizes: list[int],
 ) -> Tensor:  # fmt: skip
     y: Tensor = torch.ops.modes_fx.pair_linear.default(x, experts, weight, bias, top_k or 1, parts, epilogue, sizes)
     return y

@@ -10,7 +10,6 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from modes_fx.calib import Objective, layer_importance
 from modes_fx.calib.objective import Answers, _at_answers, divergence_of_rows
 from modes_fx.calib.shapes import in_few_shapes
-from tests import tiny
 from tests.calib.conftest import Batch, with_answers
 
 

@@ -2,10 +2,11 @@
 
 Shapes: T tokens, K experts a token, S = T * K pairs (a *pair* is token * K + rank), E experts, D inner and N outer size. All
 are fixed, whatever is kept: rows of dropped pairs are left as the allocator gives them, and no operation here reads them.
-``experts`` is int32 [S], a pair's expert, or E for one that is dropped. Weights are [E, N, D] with any strides, or [E, 2 * N, D]
-where a product has two parts: ``parts`` is "", "halves" or "interleaved". They, x and ``bias``, [E, N] or [E, 2 * N], are float32,
-bfloat16 or float16; sums are float32, and float32 is multiplied as TF32 where ``torch.backends.cuda.matmul.allow_tf32`` says so.
-``epilogue`` is what follows a product within its program, see ``programs`` and ``epilogues``. No gradients.
+``experts`` is int32 [S], a pair's expert, or E for one that is dropped. Weights are [E, N, D] with any strides, or
+[E, 2 * N, D] where a product has two parts: ``parts`` is "", "halves" or "interleaved". They, x and ``bias``, [E, N] or
+[E, 2 * N], are float32, bfloat16 or float16; sums are float32, and float32 is multiplied as TF32 where
+``torch.backends.cuda.matmul.allow_tf32`` says so. ``epilogue`` is what follows a product within its program,
+see ``programs`` and ``epilogues``. No gradients.
 
 Sizes of programs are lists of ints, those of several choices one after the other: the first call tries them all then, on its
 data, and later calls take the fastest.
@@ -73,8 +74,8 @@ def _block_linear(
     y = x.new_empty(order.shape[0], columns)
     _launch(
         programs.block_linear, epilogue, configs, lambda tile: (blocks.shape[1] * _parts(columns, tile),),
-        x.contiguous(), weight, weight if bias is None else bias.contiguous(), y, order, blocks, blocks.shape[1], *weight.stride(),
-        columns, width, top_k or 1, top_k > 0, scatter, parts, bias is not None, _precision(x), choices[0].rows,
+        x.contiguous(), weight, _read(bias, weight), y, order, blocks, blocks.shape[1], *weight.stride(), columns, width,
+        top_k or 1, top_k > 0, scatter, parts, bias is not None, _precision(x), choices[0].rows,
     )  # fmt: skip
     return y
 
@@ -87,7 +88,7 @@ def _pair_linear(
     _launch(
         programs.pair_linear, epilogue, _pair_configs(sizes, width),
         lambda tile: (experts.shape[0], _parts(columns, tile)),
-        x.contiguous(), weight, weight if bias is None else bias.contiguous(), y, experts, *weight.stride(), weight.shape[0], columns,
+        x.contiguous(), weight, _read(bias, weight), y, experts, *weight.stride(), weight.shape[0], columns,
         width, top_k, parts, bias is not None,
     )  # fmt: skip
     return y
@@ -101,7 +102,7 @@ def _pair_combine(
     total = x.new_empty(tokens, columns)
     _launch(
         programs.pair_combine, epilogue, _pair_configs(sizes, width), lambda tile: (tokens, _parts(columns, tile)),
-        x.contiguous(), weight, weight if bias is None else bias.contiguous(), total, experts, weights.contiguous(),
+        x.contiguous(), weight, _read(bias, weight), total, experts, weights.contiguous(),
         *weight.stride(), weight.shape[0], columns, width, top_k, bias is not None,
     )  # fmt: skip
     return total
@@ -138,6 +139,11 @@ def _pair_sum(y: Tensor, experts: Tensor, weights: Tensor | None, top_k: int, nu
         weights is not None, tile,
     )  # fmt: skip
     return total
+
+
+def _read(bias: Tensor | None, other: Tensor) -> Tensor:
+    """Return what a program takes as bias; one that it does not read where there is none."""
+    return other if bias is None else bias.contiguous()
 
 
 def _columns(weight: Tensor, parts: str) -> int:

@@ -5,9 +5,8 @@ expert, and E for a pair that is dropped. Memory of rows that nobody computes is
 result is bit by bit the same each time.
 
 What follows a product within its program is ``_epilogue(a, b, bias_a, bias_b)``, float32; here it is ``a``, and
-``epilogues.program_with`` puts another in its place. Where ``PARTS`` is "" a is the product [.., N]. The product has 2 * N columns
-where PARTS is "halves", of which a is the first half and b the second, and where it is "interleaved", of which a is the even ones
-and b the odd ones. The biases are those of the expert and of the same columns, where BIASED, else 0.
+``epilogues.program_with`` puts another in its place. Where ``PARTS`` is "", a is the product [.., N]. Else that has 2 * N
+columns: "halves", a the first and b the second, or "interleaved", a the even ones and b the odd ones. The biases are those of the expert and of the same columns, where BIASED, else 0.
 """
 
 # Triton compiles these functions' source: no annotations but its own, and names in capitals for what is constant.

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass, replace
 from typing import TypeVar
 
-
 _MOST_SUMS = 64  # of a thread's 255 registers: more are spilled on 8.x
 _MOST_SUMS_90 = 128  # its matrix units read operands from shared memory
 _LEAST_STAGES = 3  # with fewer, loads wait for each other, in registers

@@ -1,6 +1,7 @@
 """Compile the Triton programs for NVIDIA GPUs, where there may be none, and print what each takes, as JSON.
 
-``python -m tests.kernels.cuda.compiled table`` (or ``tried``): a process of its own, since Triton's interpreter is chosen when it is imported.
+``python -m tests.kernels.cuda.compiled table`` (or ``tried``): a process of its own, since Triton's interpreter is chosen
+when it is imported.
 """
 
 import itertools

@@ -1,6 +1,5 @@
 """The Triton programs against float64: on an NVIDIA GPU, or in Triton's interpreter without one."""
 
-
 import itertools
 
 import pytest
@@ -29,7 +28,9 @@ EPILOGUES = {
 class Case:
     """Experts with random weights, of which some lie transposed, and routing of which some is dropped."""
 
-    def __init__(self, tokens: int, hidden: int, inner: int, experts: int, top_k: int, kept: float, epilogue: str, parts: str) -> None:
+    def __init__(
+        self, tokens: int, hidden: int, inner: int, experts: int, top_k: int, kept: float, epilogue: str, parts: str
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int) -> Tensor:

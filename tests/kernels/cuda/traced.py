@@ -37,9 +37,7 @@ class H100:
         return GPUTarget("cuda", 90, 32)
 
 
-def block(
-    x: Tensor, experts: Tensor, first: Tensor, second: Tensor, bias: Tensor, weights: Tensor, tried: bool
-) -> Tensor:
+def block(x: Tensor, experts: Tensor, first: Tensor, second: Tensor, bias: Tensor, weights: Tensor, tried: bool) -> Tensor:
     sizes, pair_sizes = (flattened(some if tried else some[:1]) for some in (SIZES, PAIR_SIZES))
     key, order = torch.sort(experts, stable=True)
     index = torch.arange(EXPERTS, dtype=torch.int32, device=x.device)
@@ -80,7 +78,9 @@ def sizes_in_code() -> list[int]:
     with patch.object(GraphLowering, "save_output_code", keep), contextlib.suppress(Exception):
         run("inductor", dynamic=True, tried=True)
     configs = [ast.literal_eval(found) for found in re.findall(r"configs=(\[.*?\]),\n", written[0])]
-    assert [len(some) for some in configs if some] == [code.count("'python':") for code in re.findall(r"precomputed_grids.*", written[0])]
+    assert [len(some) for some in configs if some] == [
+        code.count("'python':") for code in re.findall(r"precomputed_grids.*", written[0])
+    ]
     assert written[0].count("def _epilogue(") == 4
     return [len(some) for some in configs]
 
