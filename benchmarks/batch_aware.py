@@ -33,16 +33,17 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import modes_fx
-from modes_fx.bench.models import Routing, Skew, block_of, build, draw, route
 from modes_fx.calib import Evaluation, Objective
-from modes_fx.compare.tuning import Tuner
 from modes_fx.demo import collate, load, make_samples
 from modes_fx.files.writing import write_atomically
+from modes_fx.measure.bench.models import Routing, Skew, block_of, build, draw, route
+from modes_fx.measure.compare.tuning import Tuner
+from modes_fx.measure.timing import in_turn
+from modes_fx.models.device import cpu_name
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES, decide
 from modes_fx.policies.batch_threshold import slack_tables
-from modes_fx.timing import cpu_name, in_turn
 
 PRESET = "qwen3-vl-30b-a3b"
 RULE = "batch_threshold"

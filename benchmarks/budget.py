@@ -27,8 +27,8 @@ import modes_fx
 from modes_fx.calib import Objective, layer_importance, search
 from modes_fx.demo import load, make_batches, make_samples
 from modes_fx.demo.data import IGNORED, Sample
-from modes_fx.demo.run import Size
 from modes_fx.files.writing import write_atomically
+from modes_fx.measure.demo.run import Size
 from modes_fx.optimize import optimized_state
 from modes_fx.plan import SkipPlan
 

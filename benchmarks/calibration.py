@@ -25,7 +25,7 @@ import modes_fx
 from modes_fx.calib import layer_importance, search
 from modes_fx.demo import load, make_batches
 from modes_fx.files.writing import write_atomically
-from modes_fx.timing import cpu_name
+from modes_fx.models.device import cpu_name
 
 Row = dict[str, Any]
 METHODS = ("naive", "resumed", "estimate")

@@ -16,7 +16,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import modes_fx  # noqa: F401 - it defines the kernels
-from modes_fx.timing import cpu_name, in_turn
+from modes_fx.measure.timing import in_turn
+from modes_fx.models.device import cpu_name
 
 SHAPES = ((128, 2048), (512, 2048), (4096, 2048), (2048, 4096))
 ROWS = (1, 2, 4, 8, 16, 17)

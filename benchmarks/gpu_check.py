@@ -29,13 +29,13 @@ from tabulate import tabulate
 
 import modes_fx
 from benchmarks.gpu_parts import DECODE, FEW, JOBS, OURS, PARTS, PREFILL, TINY, TUNED, Shapes, Timed, few_pairs
-from modes_fx.bench.measure import median_ratio
 from modes_fx.cli.terminal import be_quiet
-from modes_fx.device import choose_device, describe_device
 from modes_fx.errors import DeviceError, in_a_line
 from modes_fx.files import strict_json
 from modes_fx.files.writing import write_atomically
 from modes_fx.kernels.cuda.sizes import PAIRS_AN_EXPERT
+from modes_fx.measure.bench.measure import median_ratio
+from modes_fx.models.device import choose_device, describe_device
 
 ROOT = Path(__file__).parent.parent
 LIMITS = {"tests": 100, "generate": 140, "block": 70, "decode": 110, "prefill": 60, "sizes": 90, "calibration": 90}  # seconds

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from modes_fx.bench.models import block_of, build, draw, route
-from modes_fx.bench.presets import config_of
-from modes_fx.bench.settings import DEFAULT, Contender, Kind, Twins, thresholds
 from modes_fx.calib import layer_importance, search
-from modes_fx.compare.speed import RECOMPILE_LIMIT, Setting, stock_twin
 from modes_fx.demo import load, make_batches
 from modes_fx.errors import ModesFxError, in_a_line
 from modes_fx.kernels.cuda import sizes
+from modes_fx.measure.bench.models import block_of, build, draw, route
+from modes_fx.measure.bench.presets import config_of
+from modes_fx.measure.bench.settings import DEFAULT, Contender, Kind, Twins, thresholds
+from modes_fx.measure.compare.speed import RECOMPILE_LIMIT, Setting, stock_twin
+from modes_fx.measure.timing import in_turn, now
 from modes_fx.modality import token_modality
 from modes_fx.optimize import optimize
 from modes_fx.plan import SkipPlan
-from modes_fx.timing import in_turn, now
 
 DECODE, PREFILL = (0.0, 0.5, 0.88), (0.0, 0.75, 0.88)  # skipped
 OURS = "modes-fx"

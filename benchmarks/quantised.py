@@ -25,12 +25,12 @@ import modes_fx
 from modes_fx.calib import layer_importance, search
 from modes_fx.calib.objective import Answers, divergence
 from modes_fx.demo import collate, load, make_batches, make_samples
-from modes_fx.demo.run import TARGETS
 from modes_fx.files.writing import write_atomically
+from modes_fx.measure.demo.run import TARGETS
+from modes_fx.models.device import cpu_name
 from modes_fx.models.layers import find_moe_layers
 from modes_fx.quantise import quantise_experts
 from modes_fx.quantise.memory import weight_bytes
-from modes_fx.timing import cpu_name
 
 BITS = (16, 8, 4)
 NEW_TOKENS = 24

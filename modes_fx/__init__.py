@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modes_fx.errors import ModesFxError
-    from modes_fx.inspection import Inspection, inspect
+    from modes_fx.measure.inspection import Inspection, inspect
     from modes_fx.modality import token_modality
     from modes_fx.optimize import optimize, report, restore, set_plan, stats
     from modes_fx.plan import SkipPlan
@@ -40,10 +40,10 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "GraphReport": "report",
-    "Inspection": "inspection",
+    "Inspection": "measure.inspection",
     "ModesFxError": "errors",
     "SkipPlan": "plan",
-    "inspect": "inspection",
+    "inspect": "measure.inspection",
     "token_modality": "modality",
     **dict.fromkeys(("optimize", "report", "restore", "set_plan", "stats"), "optimize"),
 }
@@ -79,4 +79,4 @@ def _is_the_command() -> bool:
 sys.modules[__name__].__class__ = _Package
 if not _is_the_command():  # programs that hold our operations need no more than this import
     importlib.import_module("modes_fx.graph.marker")
-    importlib.import_module("modes_fx.kernels.ops")
+    importlib.import_module("modes_fx.kernels.cpu.ops")

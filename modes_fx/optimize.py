@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
 
-from modes_fx.budget import Budget, budget_of
+from modes_fx.attach.optimized import Optimized, compile_regions, report_of, trace_sites
+from modes_fx.attach.protection import watch_attention
+from modes_fx.attach.watch import GroupWatch, watch_modality
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.graph.backend import inductor_settings
-from modes_fx.graph.optimized import Optimized, compile_regions, report_of, trace_sites
-from modes_fx.graph.protection import watch_attention
-from modes_fx.graph.watch import GroupWatch, watch_modality
-from modes_fx.models.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks
+from modes_fx.models.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks, no_moe_layer
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
+from modes_fx.plan.budget import Budget, budget_of
 from modes_fx.report import Report, SkipStats
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def optimize(
 
     Args:
         model: A Hugging Face model whose experts use transformers' dispatch (64 families do), or whose MoE blocks can be
-            converted to it (``modes_fx.convert``): these are for inference alone. Or ``torch.compile`` of one.
+            converted to it (``modes_fx.models.convert``): these are for inference alone. Or ``torch.compile`` of one.
         plan: A plan, or the path of one. None keeps every expert.
         target: Target skip ratio, one of ``plan.targets`` or any in ``plan.target_range``, see ``SkipPlan.point``; None takes
             the largest of ``plan.targets``.
@@ -215,17 +215,6 @@ def _forget_compiled_call(model: nn.Module) -> None:
 def _own(model: Any) -> Any:
     """Return the model itself, where ``torch.compile(model)`` of it was given."""
     return model._orig_mod if isinstance(model, OptimizedModule) else model
-
-
-def no_moe_layer(model: nn.Module) -> str:
-    """Say why a model has no site that could be looked at."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    experts = {name: getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
-    named = [f"{name} {number}" for name, number in experts.items() if isinstance(number, int) and number > 1]
-    why = f"its config names {named[0]}, but they are dispatched another way" if named else "there is nothing to skip"
-    interface = "transformers' experts interface (transformers.integrations.moe)"
-    return f"{type(model).__name__} has no MoE layer that uses {interface} or is converted to it: {why}."
 
 
 def _no_site(state: Optimized) -> NoRoutingSiteError:

@@ -26,7 +26,7 @@ class SiteReport:
     Attributes:
         name: Path of the experts module in the model.
         status: ``"rewritten"``; ``"converted"``, which is rewritten too, after the block was made to use transformers' dispatch
-            (``modes_fx.convert``); or ``"rejected"``.
+            (``modes_fx.models.convert``); or ``"rejected"``.
         code: Reason code of a rejection, else "".
         detail: A sentence on it, else "".
         form: The stock dispatch found last, ``"grouped_mm"`` or ``"batched_mm"``.

@@ -35,8 +35,8 @@ from modes_fx.calib.journal import Journal
 from modes_fx.calib.safe_pickle import load_numbers
 from modes_fx.data import load_samples
 from modes_fx.demo import CHECKPOINT
-from modes_fx.demo.shipped import FOLDER, read_shipped
 from modes_fx.errors import ModesFxError
+from modes_fx.files.shipped import FOLDER, read_shipped
 from modes_fx.models.meta_model import read_config
 from modes_fx.plan import PlanPoint, SkipPlan
 

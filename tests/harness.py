@@ -14,7 +14,8 @@ import torch
 import transformers.integrations.moe  # noqa: F401 - registers the float32 GEMM
 from torch import Tensor, fx, nn
 
-from modes_fx.graph import marker, optimized
+from modes_fx.attach import optimized
+from modes_fx.graph import marker
 from modes_fx.graph.backend import SkipBackend, rewrite
 from modes_fx.passes import kept_blocks, kept_gemms
 from modes_fx.passes.emit import fake_mode_of, under_fake

@@ -12,8 +12,8 @@ from transformers import (
 )
 
 from modes_fx.demo.canvas import SIDE
-from modes_fx.demo.processor import DemoProcessor
 from modes_fx.demo.questions import WORDS
+from modes_fx.models.processor import DemoProcessor
 
 PATCH, MERGE, TEMPORAL = 4, 2, 2  # 64x64 pixels: 16x16 patches, merged to 64 visual tokens
 PAD, START, END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unknown|>"

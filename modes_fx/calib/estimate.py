@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modes_fx.calib.objective import Answers, Batch
+from modes_fx.calib.objective import Answers
 from modes_fx.calib.resume import among
+from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError
 from modes_fx.graph.running import Forward, running
 from modes_fx.modality import MODALITIES

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.estimate import estimate
-from modes_fx.calib.objective import Answers, Batch, checked, divergence_of_rows, optimized
+from modes_fx.calib.objective import Answers, checked, divergence_of_rows, optimized
 from modes_fx.calib.resume import Tape, mistrust
 from modes_fx.calib.shapes import in_few_shapes
+from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError
 from modes_fx.files.importance_fields import Method, Mode
 from modes_fx.modality import MODALITIES

@@ -17,8 +17,9 @@ from torch import nn
 from modes_fx.calib import processes
 from modes_fx.calib.importance import Importance, OnStep, layer_importance
 from modes_fx.calib.journal import Journal, opened
-from modes_fx.calib.objective import Batch, checked, optimized
+from modes_fx.calib.objective import checked, optimized
 from modes_fx.calib.trials import data_hash, what_determines
+from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError
 from modes_fx.files.importance_fields import Method, Mode
 

@@ -7,33 +7,20 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modes_fx.budget import Budget
 from modes_fx.calib import processes
 from modes_fx.calib.routing import RoutingRecorder
-from modes_fx.calib.shapes import IGNORED, in_few_shapes
+from modes_fx.calib.shapes import in_few_shapes
+from modes_fx.data.batch import IGNORED, Batch
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.graph.runtime import Runtime
 from modes_fx.optimize import optimize, optimized_state, restore
+from modes_fx.plan.budget import Budget
 
 logger = logging.getLogger(__name__)
-
-Batch = Mapping[str, Any]
-
-
-def prompts_of(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:
-    """Return a batch without labels, cut where the first answer begins."""
-    first = int((batch["labels"] != IGNORED).any(dim=0).nonzero()[0])
-    whole = batch["labels"].shape
-    return {
-        key: (value[:, :first] if value.shape[:2] == whole else value).to(device)
-        for key, value in batch.items()
-        if key != "labels" and isinstance(value, Tensor)
-    }
 
 
 @dataclass(frozen=True)

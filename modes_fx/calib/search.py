@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from modes_fx.calib.frontier import FrontierPoint, FrontierResult, check_targets, frontier_search
 from modes_fx.calib.importance import Importance
 from modes_fx.calib.journal import Journal, opened
-from modes_fx.calib.objective import Batch, Objective, checked, optimized
+from modes_fx.calib.objective import Objective, checked, optimized
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.calib.trials import Trial, Trials, as_point, data_hash, pareto, thresholds, versions, what_determines
+from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError, UnreachableError
 from modes_fx.modality import MODALITIES
 from modes_fx.plan import PlanPoint, SkipPlan, describe_model

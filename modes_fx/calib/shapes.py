@@ -5,19 +5,20 @@ Sequences are padded behind their end: nothing real attends to what follows it, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-IGNORED = -100
+from modes_fx.data.batch import IGNORED, Batch
+
 _MOST_LONGER = 1.25
 _PLACED = ("position_ids", "cache_position")  # not known to be by token in dimension 1
 
 
-def in_few_shapes(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def in_few_shapes(batches: Sequence[Batch]) -> list[Batch]:
     """Pad batches to the longest one's length, or one that is at most a quarter longer than their own.
 
     Args:
@@ -35,12 +36,12 @@ def in_few_shapes(batches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any
     return [_longer(batch, lengths[batch["labels"].shape[1]]) if _can_be_longer(batch) else batch for batch in batches]
 
 
-def _can_be_longer(batch: Mapping[str, Any]) -> bool:
+def _can_be_longer(batch: Batch) -> bool:
     mask = batch.get("attention_mask")
     return not any(name in batch for name in _PLACED) and (mask is None or mask.shape == batch["labels"].shape)
 
 
-def _longer(batch: Mapping[str, Any], length: int) -> Mapping[str, Any]:
+def _longer(batch: Batch, length: int) -> Batch:
     labels: Tensor = batch["labels"]
     missing = length - labels.shape[1]
     if not missing:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.journal import Journal
-from modes_fx.calib.objective import Batch, Evaluation, Objective
+from modes_fx.calib.objective import Evaluation, Objective
+from modes_fx.data.batch import Batch
 from modes_fx.files import strict_json
 from modes_fx.files.strict_json import Number
 from modes_fx.modality import MODALITIES

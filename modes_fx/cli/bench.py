@@ -34,10 +34,10 @@ def bench(
     """Time layers of a well-known shape with random weights: stock, modes-fx and, if installed, vLLM's CPU kernel, in turn."""
     import torch
 
-    from modes_fx.bench import Bench, Options, output, run
-    from modes_fx.bench.models import Skew
     from modes_fx.files import strict_json
     from modes_fx.files.writing import write_atomically
+    from modes_fx.measure.bench import Bench, Options, output, run
+    from modes_fx.measure.bench.models import Skew
 
     be_quiet()
     options = Options(

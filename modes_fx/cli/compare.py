@@ -20,7 +20,7 @@ from modes_fx.files.importance_fields import Mode
 from modes_fx.models.locating import DEMO
 
 if TYPE_CHECKING:
-    from modes_fx.compare import Comparison, Row
+    from modes_fx.measure.compare import Comparison, Row
     from modes_fx.plan import SkipPlan
 
 _SAMPLES = 1024
@@ -85,11 +85,11 @@ def compare(
         shared.check_model(name)
 
     from modes_fx.calib.trials import data_hash, versions
-    from modes_fx.compare import CONTENDERS
-    from modes_fx.compare import compare as run
-    from modes_fx.compare.output import mean_rows, write
-    from modes_fx.compare.rows import short_names
-    from modes_fx.page.closeup import Closeup, look_closely
+    from modes_fx.measure.compare import CONTENDERS
+    from modes_fx.measure.compare import compare as run
+    from modes_fx.measure.compare.output import mean_rows, write
+    from modes_fx.measure.compare.rows import short_names
+    from modes_fx.measure.page.closeup import Closeup, look_closely
 
     shared.check_device(device, device_map)
     _check_one_architecture(models, trust_remote_code)
@@ -187,7 +187,7 @@ _RATIOS = {"skipped": "all", "text": "text", "vision": "vision"}
 
 def _print_ablation(rows: Sequence[Row]) -> None:
     """Print what each part of the method does on its own, where more than one was compared."""
-    from modes_fx.compare.contenders import ABLATION
+    from modes_fx.measure.compare.contenders import ABLATION
 
     parts = {name: [row for row in rows if row.rule == name] for name in ABLATION}
     parts = {name: mine for name, mine in parts.items() if mine}
@@ -213,7 +213,7 @@ _PARTS = {
 
 
 def _print_speed(rows: Sequence[Row], found: Mapping[str, Comparison]) -> None:
-    from modes_fx.compare.rows import short_names
+    from modes_fx.measure.compare.rows import short_names
 
     if not rows:
         return

@@ -28,8 +28,8 @@ def demo(
         locate(checkpoint)
 
     from modes_fx.demo import load
-    from modes_fx.demo.run import Size, run_demo
-    from modes_fx.device import choose_device
+    from modes_fx.measure.demo.run import Size, run_demo
+    from modes_fx.models.device import choose_device
 
     where = choose_device(device)
     be_quiet()

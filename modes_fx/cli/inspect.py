@@ -18,7 +18,7 @@ from modes_fx.errors import ModesFxError
 from modes_fx.files.strict_json import INSPECTION_SCHEMA
 
 if TYPE_CHECKING:
-    from modes_fx.inspection import Inspection
+    from modes_fx.measure.inspection import Inspection
 
 
 def inspect(
@@ -36,7 +36,7 @@ def inspect(
     """Say which routing sites of a model would be rewritten, and why not the others; exit 1 if none would."""
     try:
         shared.check_model(model)
-        from modes_fx.inspection import inspect as inspect_model
+        from modes_fx.measure.inspection import inspect as inspect_model
 
         be_quiet()
         with steps_shown(), contextlib.redirect_stdout(sys.stderr):  # what a model's own code prints
@@ -58,7 +58,7 @@ def _print(inspection: Inspection, each: bool) -> None:
     colour = "green" if not inspection.rejected and inspection.sites else "yellow" if inspection.rewritten else "red"
     console.print(f"[bold {colour}]{escape(inspection.headline)}[/]", highlight=False)
     if inspection.sites:
-        from modes_fx.inspection import HEADINGS
+        from modes_fx.measure.inspection import HEADINGS
 
         _, _, *sizes, _ = HEADINGS
         table = Table(box=SIMPLE, padding=(0, 1, 0, 0))

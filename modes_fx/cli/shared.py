@@ -21,8 +21,8 @@ from modes_fx.models.locating import DEMO, locate
 if TYPE_CHECKING:
     from torch import nn
 
-    from modes_fx.calib.objective import Batch
     from modes_fx.data import Samples
+    from modes_fx.data.batch import Batch
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, the id of a hub model, or `demo`.")]
 DataOption = Annotated[
@@ -236,7 +236,7 @@ def check_device(device: str | None, device_map: str | None) -> None:
         DeviceError: It is not, or something does.
     """
     from modes_fx.calib import processes
-    from modes_fx.device import choose_device
+    from modes_fx.models.device import choose_device
 
     if device is not None and device_map is not None:
         raise DeviceError("--device and --device-map both say where the model goes. Pass one of them.")
@@ -274,13 +274,13 @@ def session(device: str | None = None) -> Iterator[Bars]:
 def load_model(
     name: str, *, dtype: str, device: str | None, device_map: str | None, trust_remote_code: bool
 ) -> tuple[nn.Module, Any]:
-    """Load a model and its processor; see ``modes_fx.models.loading`` and ``modes_fx.device``.
+    """Load a model and its processor; see ``modes_fx.models.loading`` and ``modes_fx.models.device``.
 
     Raises:
         ModelError: It cannot be loaded.
         DeviceError: There is no such device.
     """
-    from modes_fx.device import choose_device
+    from modes_fx.models.device import choose_device
     from modes_fx.models.loading import load
 
     model, processor = load(name, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)

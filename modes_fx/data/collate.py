@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modes_fx.calib.objective import IGNORED, Batch
 from modes_fx.data.answers import Answer, adds_special_tokens, find_answer
+from modes_fx.data.batch import IGNORED, Batch
 from modes_fx.data.chat import Turn, name_of, render, tokenizer_of
 from modes_fx.data.sample import Sample
 from modes_fx.errors import CalibrationError

@@ -3,44 +3,8 @@
 It is of the real class, `Qwen3VLMoeForConditionalGeneration`, trained on handwritten digits; it needs no network.
 """
 
-import os
-from pathlib import Path
-
-import torch
-from transformers import Qwen3VLMoeForConditionalGeneration
-
 from modes_fx.demo.data import Sample, as_data, collate, make_batches, make_samples
-from modes_fx.demo.processor import DemoProcessor
-from modes_fx.demo.shipped import check_checkpoint
-from modes_fx.errors import ModelError
+from modes_fx.models.embedded import load
 from modes_fx.models.locating import CHECKPOINT
 
 __all__ = ["CHECKPOINT", "Sample", "as_data", "collate", "load", "make_batches", "make_samples"]
-
-
-def load(
-    dtype: torch.dtype = torch.bfloat16, *, folder: str | os.PathLike[str] | None = None
-) -> tuple[Qwen3VLMoeForConditionalGeneration, DemoProcessor]:
-    """Load the embedded model, or another of its kind, and its processor.
-
-    Args:
-        dtype: of the weights; they are stored in bfloat16.
-        folder: a folder that `examples/train_demo_model.py` wrote; none takes the embedded one.
-
-    Returns:
-        The model, in eval mode, on the CPU, and the processor.
-
-    Raises:
-        ModelError: if the folder is missing or does not hold such a model, or the embedded one is damaged.
-    """
-    if folder is None:
-        check_checkpoint()
-    path = CHECKPOINT if folder is None else Path(folder)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"There is no model in {path}: it has no config.json. Pass a folder written by save_pretrained.")
-    try:
-        model = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
-        processor = DemoProcessor.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # a damaged file may raise anything
-        raise ModelError(f"Cannot load a Qwen3-VL-MoE model and its processor from {path}: {error}") from error
-    return model.eval(), processor

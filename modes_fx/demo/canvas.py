@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from modes_fx.demo.shipped import read_shipped
+from modes_fx.files.shipped import read_shipped
 
 SPLITS = ("train", "calibration", "validation", "test")
 COLOURS = {"red": (235, 60, 60), "green": (60, 205, 85), "blue": (85, 120, 255), "yellow": (235, 210, 60)}

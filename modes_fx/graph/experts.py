@@ -69,6 +69,11 @@ def attach(experts: nn.Module, site: Site | None) -> Site | None:
     return before
 
 
+def is_attached(experts: nn.Module) -> bool:
+    """Return whether experts know their site in an optimised model."""
+    return _ATTRIBUTE in vars(experts)
+
+
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts of an optimised model; transformers calls this under the name ``modes_fx``.
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modes_fx.budget import Budget
 from modes_fx.modality import CLASSES, PADDING
+from modes_fx.plan.budget import Budget
 from modes_fx.policies import Rule
 from modes_fx.report import PHASES
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from modes_fx.budget import Steering
 from modes_fx.errors import ModalityError, ModelError
 from modes_fx.modality import CLASSES, MODALITIES, Phase
+from modes_fx.plan.budget import Steering
 from modes_fx.report import PHASES
 
 if TYPE_CHECKING:

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from modes_fx.budget import Budget
 from modes_fx.errors import ModalityError, PlanError
 from modes_fx.graph.in_force import InForce
 from modes_fx.graph.running import RUNNING, Forward
-from modes_fx.models.layers import MoeLayer
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
+from modes_fx.plan.budget import Budget
 from modes_fx.policies import RULES, key_of, table_shape
 from modes_fx.report import SkipStats
+
+
+class Layer(Protocol):
+    """What is known of an MoE layer while it runs."""
+
+    @property
+    def name(self) -> str:
+        """Its module path."""
+
+    @property
+    def num_experts(self) -> int:
+        """E; 0 where its experts' form is unknown."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the rows that the experts take, H."""
 
 
 class Runtime:
@@ -35,8 +51,8 @@ class Runtime:
         switched: Whether somebody chose another dispatch for the experts since, so that they run as stock.
     """
 
-    def __init__(self, layers: Sequence[MoeLayer], rule: str, dispatch: Dispatch) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[Layer], rule: str, dispatch: Dispatch) -> None:
+        self.layers = layers
         self.rule, self.rule_key = RULES[rule], key_of(rule)
         self.dispatch: Dispatch = dispatch
         self.stats = SkipStats(tuple(layer.name for layer in layers))
@@ -100,7 +116,7 @@ class Runtime:
         forward = RUNNING.forward
         return forward if forward is not None and forward.runtime is self else None
 
-    def empty_table(self, layer: MoeLayer) -> Tensor | None:
+    def empty_table(self, layer: Layer) -> Tensor | None:
         """Return a table of zeros for a layer; None if the rule has none."""
         return torch.zeros(table_shape(self.rule.keep, layer.num_experts), device="cpu") if self.rule.has_table else None
 

@@ -1,6 +1,5 @@
-"""The experts' GEMMs over the rows of kept pairs, compiled for the CPU at hand.
+"""Kernels that compute kept pairs alone: ``cpu`` in C++, ``cuda`` in Triton.
 
-Their weights are read as they lie in memory, each once for all rows of its expert; gathering the rows that go in and adding up
-the weighted rows that come out happen in the same pass. ``passes/kept_gemms.py`` puts them in the place of ``grouped_mm``, and
-``passes/dense.py`` one of them in the place of other linear layers that meet few rows. ``cuda`` holds those for NVIDIA GPUs.
+``passes/kept_gemms.py`` and ``passes/kept_blocks.py`` put them in the place of ``grouped_mm``, and ``passes/dense.py`` one of
+them in the place of other linear layers that meet few rows.
 """

@@ -15,13 +15,13 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
-import modes_fx
-from modes_fx.device import choose_device
 from modes_fx.errors import ModesFxError, PlanError
 from modes_fx.lmms.generation import chat, cut, generation_settings
 from modes_fx.lmms.ratios import live_stats, measured
+from modes_fx.models.device import choose_device
 from modes_fx.models.layers import Region
 from modes_fx.models.loading import check_torchvision, load
+from modes_fx.optimize import optimize as optimize_model
 from modes_fx.passes.skip_experts import Dispatch
 
 
@@ -91,7 +91,7 @@ class ModesFx(lmms):  # type: ignore[misc]
             if device_map is None:
                 model.to(device or choose_device())
         if optimize and (plan is not None or target is not None or live_stats(model) is None):
-            modes_fx.optimize(model, plan, target=target, region=region, dispatch=dispatch)
+            optimize_model(model, plan, target=target, region=region, dispatch=dispatch)
         self.model, self.processor = model, processor
         self.batch_size, self._max_new_tokens = int(batch_size), max_new_tokens
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
-from modes_fx.convert import Form, convertible
+from modes_fx.models.convert import Form, convertible
 
 Region = Literal["moe", "layer", "model"]
 """``"moe"``: each MoE block. ``"layer"``: each decoder layer. ``"model"``: each stack of decoder layers."""
@@ -90,3 +90,14 @@ def has_accelerate_hooks(module: nn.Module) -> bool:
 def has_torchao_weights(module: nn.Module) -> bool:
     """Return whether torchao quantised some of a module's weights."""
     return any(type(parameter).__module__.startswith("torchao") for parameter in module.parameters())
+
+
+def no_moe_layer(model: nn.Module) -> str:
+    """Say why a model has no site that could be looked at."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    experts = {name: getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
+    named = [f"{name} {number}" for name, number in experts.items() if isinstance(number, int) and number > 1]
+    why = f"its config names {named[0]}, but they are dispatched another way" if named else "there is nothing to skip"
+    interface = "transformers' experts interface (transformers.integrations.moe)"
+    return f"{type(model).__name__} has no MoE layer that uses {interface} or is converted to it: {why}."

@@ -62,14 +62,14 @@ def load(
     Raises:
         ModelError: There is no such model, or it or its processor cannot be loaded whole.
     """
-    from modes_fx import demo  # registers the processor that checkpoints of the demo's kind name
+    from modes_fx.models import embedded  # registers the processor that checkpoints of the demo's kind name
 
     if name == DEMO:
         if device_map is not None:
             raise ModelError(f"The embedded model goes to one device; it takes no device map, got {device_map!r}.")
         if processor_settings:
             raise ModelError(f"The embedded model's processor takes no settings, got {', '.join(processor_settings)}.")
-        model, own = demo.load(torch.bfloat16 if dtype == "auto" else _dtype(dtype))
+        model, own = embedded.load(torch.bfloat16 if dtype == "auto" else _dtype(dtype))
         return model, own if processor is None else processor
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     model = _load_model(name, dtype, device_map, trust_remote_code)

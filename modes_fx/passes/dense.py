@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from modes_fx.kernels.ops import DTYPES, FEW_ROWS
+from modes_fx.kernels.cpu.ops import DTYPES, FEW_ROWS
 from modes_fx.passes.emit import Emitter
 from modes_fx.passes.walk import argument, calls
 

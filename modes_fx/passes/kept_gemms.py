@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from modes_fx.kernels.ops import DTYPES
-from modes_fx.kernels.packed import PackedWeight
+from modes_fx.kernels.cpu.ops import DTYPES
+from modes_fx.kernels.cpu.packed import PackedWeight
 from modes_fx.passes.compact import add_rows, replace_rows
 from modes_fx.passes.emit import Emitter, erase_dead
 from modes_fx.passes.gemms import feeds_only, gemms_of, is_row_major, multiplied_last, stored_weight, uncast, weight_of

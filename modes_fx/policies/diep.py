@@ -1,7 +1,7 @@
 """DiEP's skipping: NAEE's, easier on experts that are unlike the token's first.
 
 The table is the similarity of two experts (CKA of what they compute) over the layer's mean similarity, 1 for an expert and
-itself; ``modes_fx.compare.statistics`` measures it.
+itself; ``modes_fx.measure.compare.statistics`` measures it.
 """
 
 from __future__ import annotations

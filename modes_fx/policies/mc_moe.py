@@ -1,6 +1,6 @@
 """MC-MoE's skipping: NAEE's, but the tokens that matter most to later ones keep all their experts.
 
-Which tokens those are is no matter of the routing weights, so it is told before the dispatch (``modes_fx.graph.protection``):
+Which tokens those are is no matter of the routing weights, so it is told before the dispatch (``modes_fx.attach.protection``):
 they come as token classes of their own, whose bound keeps all. Source: MC-MoE, arXiv 2410.06270.
 """
 

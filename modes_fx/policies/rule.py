@@ -43,7 +43,7 @@ class Rule:
         keep: Decides the pairs.
         keep_all: A bound that keeps every pair.
         skip_all: A bound that skips every pair, for padding.
-        protects: Whether the tokens that matter most to later ones keep all pairs in prefill (``modes_fx.graph.protection``).
+        protects: Whether the tokens that matter most to later ones keep all pairs in prefill (``modes_fx.attach.protection``).
 
     Raises:
         ModesFxError: ``keep`` asks for what there is not.

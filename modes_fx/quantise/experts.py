@@ -8,7 +8,8 @@ from typing import Any, Literal
 from torch import nn
 
 from modes_fx.errors import ModelError, NoRoutingSiteError
-from modes_fx.models.layers import MoeLayer, find_moe_layers
+from modes_fx.graph.experts import is_attached
+from modes_fx.models.layers import MoeLayer, find_moe_layers, no_moe_layer
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,10 @@ def quantise_experts(model: nn.Module, bits: Literal[8, 4], *, group_size: int =
         ModelError: torchao is not installed, the model is optimised, or its experts cannot be stored so. Nothing was changed.
         NoRoutingSiteError: The model has no MoE layer.
     """
-    from modes_fx.optimize import is_optimized, no_moe_layer
-
     if bits not in (8, 4):
         raise ModelError(f"Experts can be stored in 8 or 4 bits, not {bits}.")
     if group_size not in _GROUP_SIZES:
         raise ModelError(f"A group has {', '.join(map(str, _GROUP_SIZES))} weights, not {group_size}.")
-    if is_optimized(model):
-        raise ModelError("The model is optimised. Quantise it first: modes_fx.restore(model), quantise, optimise again.")
     try:
         from torchao.quantization import Int8Tensor, PerRow
 
@@ -52,6 +49,8 @@ def quantise_experts(model: nn.Module, bits: Literal[8, 4], *, group_size: int =
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))
+    if any(is_attached(layer.experts) for layer in layers):
+        raise ModelError("The model is optimised. Quantise it first: modes_fx.restore(model), quantise, optimise again.")
     for layer in layers:
         _check(layer, bits, group_size)
     logger.info("%s: storing the experts of %d layers in %d bits", type(model).__name__, len(layers), bits)

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from modes_fx.demo.page import write_demo_page
-from modes_fx.page.closeup import Closeup, Picture
-from tests.page.reading import png, read
+from modes_fx.measure.demo.page import write_demo_page
+from modes_fx.measure.page.closeup import Closeup, Picture
+from tests.measure.page.reading import png, read
 
 CLOSEUP = Closeup(
     8,

@@ -16,8 +16,8 @@ from modes_fx.graph import hook
 from modes_fx.passes.site import SiteRecord
 from modes_fx.plan import SkipPlan
 from tests import harness, oracle, tiny
-from tests.convert.cases import CASES
 from tests.harness import logits, relative_error
+from tests.models.convert.cases import CASES
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -329,7 +329,7 @@ def test_sizes_and_phases_end_in_a_few_graphs() -> None:
 
 @WITHOUT_INDUCTOR
 def test_a_budget_is_kept_in_one_graph_as_it_is_eagerly() -> None:
-    from tests.test_budget import searched
+    from tests.plan.test_budget import searched
 
     model, inputs = modes_fx.optimize(tiny.make()), tiny.mixed_batch(seed=5)
     plan = searched(model, inputs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modes_fx.kernels.ops import FEW_ROWS
+from modes_fx.kernels.cpu.ops import FEW_ROWS
 from tests import harness
 from tests.passes.near_misses import HIDDEN, dispatch, inputs
 

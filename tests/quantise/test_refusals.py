@@ -10,7 +10,7 @@ from torch import nn
 from modes_fx.errors import ModelError, NoRoutingSiteError
 from modes_fx.quantise import quantise_experts
 from tests import tiny
-from tests.convert.cases import CASES
+from tests.models.convert.cases import CASES
 from tests.quantise.models import plain
 
 

@@ -6,7 +6,8 @@ result is bit by bit the same each time.
 
 What follows a product within its program is ``_epilogue(a, b, bias_a, bias_b)``, float32; here it is ``a``, and
 ``epilogues.program_with`` puts another in its place. Where ``PARTS`` is "", a is the product [.., N]. Else that has 2 * N
-columns: "halves", a the first and b the second, or "interleaved", a the even ones and b the odd ones. The biases are those of the expert and of the same columns, where BIASED, else 0.
+columns: "halves", a the first and b the second, or "interleaved", a the even ones and b the odd ones. The biases are
+those of the expert and of the same columns, where BIASED, else 0.
 """
 
 # Triton compiles these functions' source: no annotations but its own, and names in capitals for what is constant.

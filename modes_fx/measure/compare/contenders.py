@@ -1,0 +1,121 @@
+"""Who takes part in a comparison: a keep-rule, what it takes from calibration, and how it is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modes_fx.calib.search import GAMMAS
+from modes_fx.errors import ModesFxError, PlanError
+from modes_fx.measure.compare.statistics import RoutingStatistics
+from modes_fx.plan import PlanPoint, SkipPlan
+from modes_fx.policies import RULES
+from modes_fx.policies.chance import seed_tables
+
+Alpha = tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was measured of one model on calibration data.
+
+    Attributes:
+        layers: MoE layers, L.
+        top_k: K of the layer with the most.
+        importance: From ``layer_importance``; None if no contender takes it.
+        statistics: None if no contender takes them.
+        seed: Of what is random.
+    """
+
+    layers: int
+    top_k: int
+    importance: Alpha | None = None
+    statistics: RoutingStatistics | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the comparison.
+
+    Attributes:
+        title: Shown in tables.
+        rule: Keep-rule in ``modes_fx.policies.RULES``.
+        needs: What of ``Calibrated`` it takes: ``"importance"``, ``"betas"``, ``"ratios"`` or ``"similarity"``.
+        gammas: Exponents of the importance among which a pair of thresholds is searched for; () tunes one scale.
+    """
+
+    title: str
+    rule: str
+    needs: frozenset[str] = frozenset()
+    gammas: tuple[float, ...] = ()
+
+    def plan(self, known: Calibrated, scale: float) -> SkipPlan:
+        """Return the plan of one scale; a larger one skips more."""
+        tau = max(known.top_k - scale, 0.0) if self.rule == "reduce_k" else scale
+        return SkipPlan((PlanPoint(None, tau, tau),), self.alpha(known), rule=self.rule, tables=self.tables(known))
+
+    def scales(self, known: Calibrated) -> Sequence[float] | None:
+        """Return the only scales that there are: experts a token that Reduce-k leaves out; None if any number is one."""
+        return [float(less) for less in range(known.top_k + 1)] if self.rule == "reduce_k" else None
+
+    def alpha(self, known: Calibrated) -> Alpha | None:
+        """Return what divides each layer's bound: the importance, or 1 / beta."""
+        if "importance" in self.needs:
+            return known.importance
+        statistics = known.statistics
+        if statistics is None or not self.needs & {"betas", "ratios"}:
+            return None
+        betas = statistics.tail_share if "betas" in self.needs else statistics.ratio_to_first
+        return tuple((1 / max(beta, 1e-6),) * 2 for beta in betas)
+
+    def tables(self, known: Calibrated) -> tuple[object, ...] | None:
+        """Return the rule's tables."""
+        if self.rule == "random":
+            return seed_tables(known.layers, known.seed)
+        if "similarity" in self.needs and known.statistics is not None:
+            return known.statistics.similarity
+        if RULES[self.rule].has_table:
+            raise PlanError(
+                f"The keep-rule {self.rule!r} asks for tables, and a comparison cannot know them. Add a Contender whose "
+                "tables() returns them to modes_fx.measure.compare.CONTENDERS."
+            )
+        return None
+
+
+_BETAS, _ALPHA = frozenset({"betas"}), frozenset({"importance"})
+
+CONTENDERS: dict[str, Contender] = {
+    "random": Contender("random", "random"),
+    "reduce_k": Contender("Reduce-k", "reduce_k"),
+    "naee": Contender("NAEE", "naee", _BETAS),
+    "naee_top2": Contender("NAEE, ratio", "naee_top2", frozenset({"ratios"})),
+    "mc_moe": Contender("MC-MoE", "mc_moe", _BETAS),
+    "diep": Contender("DiEP", "diep", _BETAS | {"similarity"}),
+    "threshold": Contender("threshold only", "threshold"),
+    "gmlg": Contender("GMLG only", "threshold", _ALPHA),
+    "dmt": Contender("DMT only", "threshold", gammas=(0.0,)),
+    "modes": Contender("GMLG + DMT", "threshold", _ALPHA, (1.0,)),
+    "tempered": Contender("tempered", "threshold", _ALPHA, GAMMAS),
+}
+
+ABLATION = ("threshold", "gmlg", "dmt", "modes", "tempered")
+"""The parts of the method: alone, together, and with gamma free."""
+
+
+def own_rule(names: Sequence[str]) -> str:
+    """Return which of several rules is looked at closely: the one with most of the method's parts, or else the last."""
+    return next((name for name in reversed(ABLATION) if name in names), names[-1])
+
+
+def contender(name: str) -> Contender:
+    """Return a contender by name; a registered keep-rule that is none is tuned by one scale for all layers.
+
+    Raises:
+        ModesFxError: There is none of that name.
+    """
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    if name in RULES:
+        return Contender(name, name)
+    raise ModesFxError(f"Unknown rule {name!r}; known: {', '.join(dict.fromkeys((*CONTENDERS, *RULES)))}.")
