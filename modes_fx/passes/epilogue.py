@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from modes_fx.passes.gemms import uncast
 from modes_fx.passes.rowwise import GROUPED, is_in_place, name_of
-from modes_fx.passes.walk import argument, gathers, is_getitem
+from modes_fx.passes.walk import argument, gathers, input_of, is_getitem
 
 _SAME = {"to", "float", "half", "bfloat16", "type_as", "contiguous", "detach"}
 _UNARY = {
@@ -92,12 +92,12 @@ def point_behind_changes(body: Collection[fx.Node]) -> None:
     """Let what comes behind an in-place call use the call's result, which is the same tensor."""
     for node in body:
         if is_in_place(node):
-            later, changed = set(), node.args[0]
+            later: set[fx.Node] = set()
             behind = node.next
             while behind.op != "root":
                 later.add(behind)
                 behind = behind.next
-            changed.replace_all_uses_with(node, delete_user_cb=later.__contains__)
+            input_of(node).replace_all_uses_with(node, delete_user_cb=later.__contains__)
 
 
 @dataclass
@@ -148,13 +148,13 @@ class _Writer:
         name = name_of(node)
         if gathers(node, self.row_ids):
             return self._bias(node)
-        source = node.args[0] if node.args else None
-        of = self.values.get(source) if isinstance(source, fx.Node) else None
-        if of is None and name not in _BINARY:
-            return None
-        if is_in_place(node) and not (
-            len(source.users) == 1 and (source is self.gemm or source in self.lines)
-        ):  # a view of others
+        source: Any = node.args[0] if node.args else None
+        of: Any = self.values.get(source) if isinstance(source, fx.Node) else None
+        if is_in_place(node) and not (of and len(source.users) == 1 and (source is self.gemm or source in self.lines)):
+            return None  # others see what it changes
+        if name in _BINARY or name in _UNARY or name == "pow":
+            return self._computed(node, name)
+        if of is None:
             return None
         if name in _SAME:
             return of if _at_least_as_precise(node, self.gemm) else None
@@ -162,16 +162,13 @@ class _Writer:
             dim = argument(node, 2, "dim")
             count = argument(node, 1, "chunks" if name == "chunk" else "split_size_or_sections")
             asked = 2 if name == "chunk" else _columns(source) // 2
-            return (
-                ((of[0],), (of[1],))
-                if self.parts == "halves" and self._is_whole(of) and dim in (-1, 1) and count == asked
-                else None
-            )
+            fits = self.parts == "halves" and self._is_whole(of) and dim in (-1, 1) and count == asked
+            return ((of[0],), (of[1],)) if fits else None
         if name == "getitem":
             return self._item(node, of)
         if name in _BOUNDS:
             return self._clamped(node, name, of)
-        return self._computed(node, name)
+        return None
 
     def _bias(self, node: fx.Node) -> Value | None:
         table: Any = node.args[0]
@@ -207,26 +204,24 @@ class _Writer:
         return self._written(node, [forms.format(part) for part in of])
 
     def _computed(self, node: fx.Node, name: str) -> Value | None:
-        named = dict(node.kwargs)
+        named, given = dict(node.kwargs), list(node.args)
         if name == "gelu" and named.pop("approximate", "none") == "tanh":
             name = "gelu_tanh"
         if name in _UNARY and named.get("inplace") is False:
             del named["inplace"]
-        if name == "pow" and node.args[1:] == (2,):
-            return self._written(node, [_UNARY["square"].format(part) for part in self.values[node.args[0]]])
+        if name == "pow" and given[1:] == [2]:
+            name, given = "square", given[:1]
         form, count = (_UNARY[name], 1) if name in _UNARY else (_BINARY.get(name), 2)
-        if form is None or named or len(node.args) != count:
+        if form is None or named or len(given) != count:
             return None
-        given = [self._operand(item) for item in node.args]
-        if any(item is None for item in given):
-            return None
-        width = max(len(item) for item in given if item is not None)
+        values = [value for item in given if (value := self._operand(item)) is not None]
+        width = max((len(value) for value in values), default=0)
         columns = [
-            item * width if len(item) == 1 and not isinstance(source, fx.Node) else item
-            for item, source in zip(given, node.args, strict=True)
+            value * width if len(value) < width and not isinstance(item, fx.Node) else value
+            for item, value in zip(given, values, strict=False)
         ]
-        if any(len(item) != width or isinstance(item[0], tuple) for item in columns):
-            return None  # one is half as wide as the other
+        if len(values) < count or any(len(value) != width or isinstance(value[0], tuple) for value in columns):
+            return None  # what is not known, or half as wide as the other
         return self._written(node, [form.format(*parts) for parts in zip(*columns, strict=True)])
 
     def _operand(self, item: Any) -> Value | None:
