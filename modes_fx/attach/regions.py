@@ -141,17 +141,23 @@ class OneLayer:
         runtime: The model's.
         layer: The layer's index.
         compiled: See ``compiled_block``.
+        decided: Whether the pairs were decided before, so that there is nothing to give and nothing to note.
     """
 
-    def __init__(self, runtime: Runtime, layer: int, compiled: Compiled) -> None:
+    def __init__(self, runtime: Runtime, layer: int, compiled: Compiled, *, decided: bool = False) -> None:
         self._runtime = runtime
         self._layer = layer
+        self._decided = decided
         self._hidden_size = runtime.layers[layer].hidden_size
         self._compiled = compiled
 
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the module on its arguments, of which the first tensor holds the hidden states of all tokens, in any shape."""
+        if self._decided:
+            output, _ = self._compiled(module, (), *args, **kwargs)
+            self._runtime.sites[self._layer] = last_sites()[0]
+            return output
         hidden: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         given = self._runtime.given(self._layer, hidden.numel() // self._hidden_size, hidden.device)
         output, kept = self._compiled(module, given, *args, **kwargs)

@@ -83,10 +83,11 @@ def layer_importance(
     Args:
         model: A model that ``modes_fx.optimize`` takes, optimised or not.
         batches: Forward arguments with ``labels``; see ``Objective``.
-        mode: See ``Importance``.
+        mode: See ``Importance``. MoDES's code and its paper differ; the code's tells the modalities apart.
         method: ``"naive"`` runs 1 + L (paper) or 1 + 2L (reference) forwards of each batch; a skipped layer is a threshold of
-            +inf. ``"resumed"`` gives the same for half the work or less: each forward starts at the layer that it skips
-            (``resume.Tape``); where a model does not allow that, found out on the first batch, it warns and goes on naively.
+            +inf: what the others are held against. ``"resumed"`` gives the same for half the work or less: each forward starts
+            at the layer that it skips (``resume.Tape``); where a model does not allow that, found out on the first batch, it
+            warns and goes on naively.
             ``"estimate"`` needs one forward and four backwards and is rough: on the embedded model its rank correlation with
             the measured importance is 0.69 for text and 0.98 for vision; see ``calib/estimate.py``.
         on_step: Called with (steps done, steps in all).

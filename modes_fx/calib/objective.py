@@ -17,6 +17,7 @@ from modes_fx.calib.shapes import in_few_shapes
 from modes_fx.data.batch import IGNORED, Batch
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.graph.runtime import Runtime
+from modes_fx.models.sharding import processes_of
 from modes_fx.optimize import optimize, optimized_state, restore
 from modes_fx.plan.budget import Budget
 
@@ -115,11 +116,13 @@ class Objective:
         reference_bytes: Memory of this process taken by the unskipped answers.
 
     Raises:
-        CalibrationError: No batch, or one without ``labels`` or without answer tokens; on all processes.
+        CalibrationError: No batch, or one without ``labels`` or without answer tokens, on all processes; or the model is
+            sharded over processes.
         NotOptimizedError: The model is not optimised.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_whole(model)
         self._model = model
         self._runtime = optimized_state(model).runtime
         self._answers = Answers(model)
@@ -179,6 +182,19 @@ class Objective:
         return recorder
 
 
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that lies in several processes: each measures batches of its own, and so many forwards as they need.
+
+    Raises:
+        CalibrationError: The model is sharded.
+    """
+    if (number := processes_of(model)) > 1:
+        raise CalibrationError(
+            f"{type(model).__name__} is sharded over {number} processes, and calibration gives each of them its own batches. "
+            'Load the model whole, with device_map="auto" over several GPUs, and use the plan for the sharded one.'
+        )
+
+
 def divergence_of_rows(reference: Tensor, logits: Tensor) -> Tensor:
     """Return KL(softmax(reference) || softmax(logits)) in nats of each row, float64 [n]; both [n, V], on one device."""
     log_p, log_q = (torch.log_softmax(values.float(), dim=-1) for values in (reference, logits))
@@ -190,8 +206,9 @@ def optimized(model: nn.Module) -> Iterator[nn.Module]:
     """Optimise a model for the length of a block, if it is not; bounds in force before come back after it.
 
     Raises:
-        CalibrationError: The model is optimised with another rule than thresholds, which mean nothing to it.
+        CalibrationError: The model is optimised with another rule than thresholds, which mean nothing to it; or sharded.
     """
+    check_whole(model)
     try:
         state = optimized_state(model)
     except NotOptimizedError:

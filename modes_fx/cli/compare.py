@@ -36,7 +36,7 @@ def compare(
     data: Annotated[
         str | None, typer.Option("--data", help="Calibration data: file, folder or `demo`; left out for the demo model.")
     ] = None,
-    test_data: Annotated[Path | None, typer.Option("--test-data", "--held-out", help="Other data, to measure on.")] = None,
+    test_data: Annotated[Path | None, typer.Option("--test-data", help="Other data, to measure on.")] = None,
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
     targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
     rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
