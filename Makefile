@@ -5,16 +5,19 @@ BIN    := $(VENV)/bin
 SYNC   := $(VENV)/.installed
 EXTRAS := .venv-extras
 NEWEST := .venv-newest
+DOCS   := .venv-docs
+BARE   := .venv-bare
 UV     := .venv-lock/bin/uv
 PIP    := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses auto --dist loadfile --durations 10
 TESTS  := .[dev]
 ALL    := .[dev,quantise,lmms]
+SITE   := mkdocs-material mkdocstrings[python]
 LMMS   := lmms-eval==0.7.3
 THEIRS := .upstream
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz crash lint bench bench-full gpu-check coverage lock clean
+.PHONY: help demo test test-all test-extras test-newest test-upstream fuzz crash soak lint bench bench-full gpu-check coverage pages docs package lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -25,7 +28,7 @@ help:  ## list the targets
 # this project included. Fails if the lock lacks anything that came in.
 define install
 	$(PYTHON) -m venv --clear $(@D)
-	export PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1); $(@D)/bin/python $(PIP) -e '$(2)' \
+	export PIP_CONSTRAINT=$(1) PIP_BUILD_CONSTRAINT=$(1); $(@D)/bin/python $(PIP) $(if $(filter .%,$(2)),-e) $(2:%='%') \
 		$(if $(3),&& $(@D)/bin/python $(PIP) --no-deps $(3))
 	! $(@D)/bin/python -m pip freeze --exclude-editable | sed 's/+.*//; s/_/-/g' | grep -vixFf <(sed 's/ *;.*//' $(1)) \
 		|| { echo '$(1) lacks what is named above. To add it: make lock UPGRADE='; exit 1; }
@@ -34,7 +37,7 @@ endef
 
 # $(call lock,...), as above: pins for every system and Python that the project allows. torch stays at what it is tested with.
 define lock
-	printf '%s\n' '$(2)' torch==2.13.0 hatchling editables | $(UV) pip compile --quiet $(UPGRADE) --universal \
+	printf '%s\n' $(2:%='%') $(if $(filter .%,$(2)),torch==2.13.0 hatchling editables) | $(UV) pip compile --quiet $(UPGRADE) --universal \
 		--python-version 3.10 --no-annotate --no-emit-package modes-fx \
 		--custom-compile-command 'make lock    (for Python 3.10 and newer; tested with 3.11)' --output-file $(1) -
 	$(if $(3),echo $(3) >> $(1))
@@ -47,9 +50,13 @@ $(SYNC): pyproject.toml constraints.txt
 $(EXTRAS)/.installed: pyproject.toml constraints-extras.txt
 	$(call install,constraints-extras.txt,$(ALL),$(LMMS))
 
+$(DOCS)/.installed: constraints-docs.txt
+	$(call install,constraints-docs.txt,$(SITE))
+
 lock: $(UV)  ## renew all pins; with UPGRADE= only add and drop what pyproject.toml asks for
 	$(call lock,constraints.txt,$(TESTS))
 	$(call lock,constraints-extras.txt,$(ALL),$(LMMS))
+	$(call lock,constraints-docs.txt,$(SITE))
 
 $(UV):
 	$(PYTHON) -m venv .venv-lock
@@ -94,6 +101,9 @@ fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused,
 crash: $(SYNC)  ## kill calibrate, search and compare 50 times each and go on: the result of an uncut run (half an hour)
 	$(BIN)/python -m tests.crash
 
+soak: $(SYNC)  ## thousands of random models, plans and calls against the oracle, then four threads and a plan a second (2 hours)
+	$(BIN)/python -m tests.soak
+
 lint: $(SYNC)  ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -106,11 +116,24 @@ bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, 
 	$(BIN)/modes-fx bench --parts block layers growth overhead --tokens 1 64 512 2048 --threads 1 2 \
 		--json out/bench/bench-full.json --plot out/bench/bench-full.svg
 
-gpu-check:  ## on a machine with a GPU: its tests, then times against goals (8 minutes on an H100; runs PYTHON as it is)
+gpu-check:  ## on a machine with a GPU: its tests, then times against goals (11 minutes on an H100; runs PYTHON as it is)
 	$(PYTHON) -m benchmarks.gpu_check --json out/gpu_check.json
 
 coverage: $(SYNC)  ## write the table of model families in docs/supported-models.md anew
 	$(BIN)/python -m tests.families.coverage --write docs/supported-models.md
+
+pages: $(SYNC)  ## write the parts of docs/ that are made of the code anew
+	$(BIN)/python -m tests.generated
+
+docs: $(DOCS)/.installed  ## build the documentation's site in out/site; fails where a link or a name leads nowhere
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+package: $(UV)  ## build the source package and, from it, the wheel, in out/dist; install that alone in .venv-bare
+	rm -rf out/dist
+	$(UV) build --quiet --build-constraints constraints.txt --out-dir out/dist
+	diff <(tar -tzf out/dist/*.tar.gz | cut -d/ -f2- | grep -v '^PKG-INFO$$' | sort) <(git ls-files --cached --others --exclude-standard | sort)
+	$(PYTHON) -m venv --clear $(BARE)
+	PIP_CONSTRAINT=constraints.txt $(BARE)/bin/python $(PIP) --no-compile out/dist/*.whl
 
 clean:  ## remove the environments and all output
 	rm -rf .venv .venv-* $(THEIRS) out

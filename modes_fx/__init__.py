@@ -36,7 +36,7 @@ __all__ = [
     "stats",
     "token_modality",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "GraphReport": "report",

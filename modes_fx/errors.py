@@ -2,43 +2,74 @@
 
 
 class ModesFxError(Exception):
-    """Base of every error that modes-fx raises on purpose."""
+    """Base of every error that modes-fx raises on purpose.
+
+    Its message says what to do. Raised by itself for an unknown choice (a region, a mode, a rule) and for a file that cannot be
+    written; what was measured by then is kept in the temporary folder, and the message says where.
+    """
 
 
 class NoRoutingSiteError(ModesFxError):
-    """No Mixture-of-Experts routing site could be rewritten in the model."""
+    """No Mixture-of-Experts routing site could be rewritten in the model.
+
+    ``modes-fx inspect MODEL`` names the reason of each site; docs/troubleshooting.md says what each means.
+    """
 
 
 class NotOptimizedError(ModesFxError):
-    """The model is not optimised (or no longer is), so there is nothing to report, change or undo."""
+    """The model is not optimised (or no longer is), so there is nothing to report, change or undo.
+
+    Call ``modes_fx.optimize`` on this very object: copies and unpickled models are stock.
+    """
 
 
 class ModalityError(ModesFxError, ValueError):
-    """The modality of the running forward's tokens is missing or does not fit its shape."""
+    """The modality of the running forward's tokens is missing or does not fit its shape.
+
+    Pass all that the processor returns; without ``input_ids`` call the model inside ``with modes_fx.token_modality(ids):``.
+    """
 
 
 class PlanError(ModesFxError, ValueError):
-    """A skip plan is unreadable, malformed, has no such target, or belongs to another model."""
+    """A skip plan is unreadable, malformed, has no such target, or belongs to another model.
+
+    ``modes-fx plan check FILE`` says what it holds; ``modes-fx plan sign FILE`` signs a change made on purpose.
+    """
 
 
 class CalibrationError(ModesFxError, ValueError):
-    """Calibration or search was given data or functions that it cannot use."""
+    """Calibration or search was given data or functions that it cannot use.
+
+    Look at the sample that the message names; ``labels`` are -100 but on the answer tokens.
+    """
 
 
 class UnreachableError(CalibrationError):
-    """No choice of thresholds reaches any of the target skip ratios on the data."""
+    """No choice of thresholds reaches any of the target skip ratios on the data.
+
+    Ask for lower targets, or for a finer grid (``--grid-size``).
+    """
 
 
 class CompilerError(ModesFxError, RuntimeError):
-    """Inductor cannot generate code on this machine."""
+    """Inductor cannot generate code on this machine.
+
+    Install a C++ compiler (``apt-get install g++``), or name one in the environment variable ``CXX``; start Python anew.
+    """
 
 
 class ModelError(ModesFxError, ValueError):
-    """A model folder is missing, unreadable or of a kind that modes-fx cannot load."""
+    """A model folder is missing, unreadable or of a kind that modes-fx cannot load.
+
+    Name another folder or id. What changes a model (moving, quantising, adapters) comes before ``optimize``.
+    """
 
 
 class DeviceError(ModesFxError, ValueError):
-    """There is no such device on this machine, or two options name different ones."""
+    """There is no such device on this machine, or two options name different ones.
+
+    ``python -c "import torch; print(torch.cuda.device_count())"`` tells how many GPUs torch sees.
+    """
 
 
 def printable(text: str) -> str:

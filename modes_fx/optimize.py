@@ -17,6 +17,8 @@ from modes_fx.attach.watch import GroupWatch, watch_modality
 from modes_fx.errors import ModelError, ModesFxError, NoRoutingSiteError, NotOptimizedError, PlanError, no_compiler
 from modes_fx.graph.backend import inductor_settings
 from modes_fx.models.layers import MoeLayer, Region, find_moe_layers, has_accelerate_hooks, no_moe_layer
+from modes_fx.models.sharding import check_sharding, expert_parallel, sends
+from modes_fx.passes.reasons import REASONS
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan import SkipPlan
 from modes_fx.plan.budget import Budget, budget_of
@@ -50,14 +52,19 @@ def optimize(
         plan: A plan, or the path of one. None keeps every expert.
         target: Target skip ratio, one of ``plan.targets`` or any in ``plan.target_range``, see ``SkipPlan.point``; None takes
             the largest of ``plan.targets``.
-        decode_target: The same for decode steps alone; None takes that of ``target``.
-        region: What is compiled in place: ``"moe"`` each MoE block, ``"layer"`` each decoder layer, ``"model"`` each stack of
-            decoder layers.
-        dispatch: ``"compact"`` gathers the kept pairs (data-dependent length), ``"static"`` keeps shapes fixed; ``"auto"`` is
-            compact on a CPU and static elsewhere, where an NVIDIA GPU computes the kept pairs alone, too.
-        mode: Inductor's, as for ``torch.compile``, such as ``"reduce-overhead"``.
-        dynamic: As for ``torch.compile``: whether sizes may vary from the first graph on. None: from their first change on.
-        options: Inductor's settings, as for ``torch.compile``; they go before the mode's.
+        decode_target: The same for decode steps alone, all of whose tokens are text, so that one target may skip more or less
+            of them than of a prefill; None takes that of ``target``.
+        region: What is compiled in place, for a model that is called from Python: ``"moe"`` each MoE block, which everything
+            around goes on working with; ``"layer"`` each decoder layer, ``"model"`` each stack of them, where attention is
+            worth compiling too: prefill and decoding over a cache that grows are faster (docs/speed.md), while hooks inside
+            and offloading are refused. What somebody else compiles around the model is one graph with any of them.
+        dispatch: ``"auto"``, for every model: what is fastest on its device. The two that it chooses between are there to look
+            at one device's graphs on another, and to test them: ``"compact"`` (a CPU) gathers the kept pairs, with lengths
+            that depend on data; ``"static"`` (elsewhere) keeps shapes fixed, as CUDA graphs ask for.
+        mode: Inductor's, as for ``torch.compile``, such as ``"reduce-overhead"``: for regions, which nobody else compiles.
+        dynamic: As for ``torch.compile``, for regions: whether sizes may vary from the first graph on. None: from their first
+            change on.
+        options: Inductor's settings, as for ``torch.compile``, for regions; they go before the mode's.
         prepack: Whether to pack the experts' bfloat16 weights for oneDNN's matrix kernels, which use AMX, and to turn weights
             that are stored transposed along the dimension in which kernels read; one by one, in the place of the originals.
             ``state_dict`` and ``save_pretrained`` give the weights as they were, and ``restore`` puts them back; until then
@@ -70,7 +77,8 @@ def optimize(
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
         CompilerError: Inductor has no C++ compiler.
-        ModelError: The region is not ``"moe"``, and accelerate's hooks are inside it; or ``prepack`` has nothing to pack.
+        ModelError: The region is not ``"moe"``, and accelerate's hooks or an all-to-all are inside it; the model is a stage of
+            a pipeline, or in a ``FullyShardedDataParallel``; or ``prepack`` has nothing to pack.
         ModesFxError: An unknown region, dispatch, mode or option.
 
     In every case the model is left as it was, but for one that was optimised before: that may be left restored.
@@ -81,6 +89,7 @@ def optimize(
     _check_choice("region", region, ("moe", "layer", "model"))
     _check_choice("dispatch", dispatch, ("auto", "compact", "static"))
     settings = inductor_settings(mode, options or {})
+    check_sharding(model)
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))
@@ -222,7 +231,7 @@ def _no_site(state: Optimized) -> NoRoutingSiteError:
     first = found.sites[0]
     return NoRoutingSiteError(
         f"No routing site rewritten in {state.model_name}: {found.found} found, {found.found} rejected ({found.reasons()}). "
-        f"The first, {first.name}: {first.detail}."
+        f"The first, {first.name}: {first.detail}. {REASONS[first.code].advice}"
     )
 
 
@@ -265,10 +274,16 @@ def _resolve(
 
 
 def _check_hooks(layers: Sequence[MoeLayer], region: Region) -> None:
-    """Refuse to compile over what accelerate wraps around modules to move their weights; a block is then left as it is."""
+    """Refuse to compile over what moves weights or tokens."""
     for module in {id(layer.region(region)): layer.region(region) for layer in layers if region != "moe"}.values():
         if has_accelerate_hooks(module):
             raise ModelError(
                 f"accelerate's hooks move weights inside {type(module).__name__}, which cannot be traced as one graph. "
                 'Use region="moe".'
             )
+    implementations = [expert_parallel(layer.experts) for layer in layers if region != "moe"]
+    if any(found is not None and sends(found) for found in implementations):
+        raise ModelError(
+            "Tokens travel to their experts by all-to-all, which reads their number in every layer and cannot be traced as one "
+            'graph. Use region="moe".'
+        )

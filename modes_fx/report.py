@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from modes_fx.errors import ModesFxError
 from modes_fx.modality import MODALITIES, Phase
+from modes_fx.passes.reasons import REASONS
 from modes_fx.passes.site import SiteRecord
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -33,8 +35,8 @@ class SiteReport:
         dispatch: ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, experts a token.
         num_experts: E, experts of the layer.
-        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are
-            torch's own.
+        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), the last perhaps with
+            ``", and work on all rows between them"``; or why the experts' GEMMs are torch's own.
     """
 
     name: str
@@ -93,6 +95,14 @@ class Report:
         codes = [site.code for site in self.rejected]
         return ", ".join(f"{codes.count(code)} x {code}" for code in sorted(set(codes)))
 
+    def explanations(self) -> list[str]:
+        """Return a sentence for each reason of a rejection, and what to do about it."""
+        counts = Counter((site.code, site.detail) for site in self.rejected)
+        return [
+            f"{code} ({count} of {self.found}): {detail.rstrip('.')}. {REASONS[code].advice}"
+            for (code, detail), count in counts.items()
+        ]
+
     def __str__(self) -> str:
         rows = [
             (site.name, site.status, site.form, _dispatch(site), site.top_k, site.num_experts, site.code or "-")
@@ -101,7 +111,7 @@ class Report:
         title = f"{self.model}, region {self.region!r}: {self.found} sites found, {len(self.rewritten)} rewritten"
         title += f" ({len(self.converted)} converted)" if self.converted else ""
         headers = ("site", "status", "form", "dispatch", "K", "E", "reason")
-        return f"{title}\n{tabulate(rows, headers=headers)}"
+        return "\n".join([title, tabulate(rows, headers=headers), *self.explanations()])
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import modes_fx
 from modes_fx import modality
+from modes_fx.attach.watch import ModalityWatch
 from modes_fx.errors import ModalityError
 from modes_fx.graph.running import running
 from modes_fx.modality import vision_token_ids
@@ -253,6 +254,27 @@ def test_placeholder_ids_are_read_from_the_config() -> None:
     assert vision_token_ids(transformers.AriaConfig(image_token_index=9)) == (9,)
     assert vision_token_ids(tiny.make("mixtral").config) == ()
     assert vision_token_ids(None) == ()
+
+
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_padding_in_front_is_told_over_any_cache_that_generate_makes(watched: Any, kind: str) -> None:
+    model, spy = watched
+    inputs = tiny.batch([[5, 6, 7], [8]])
+    spy.seen.clear()
+    model.generate(**inputs, max_new_tokens=2, do_sample=False, cache_implementation=kind, disable_compile=True)
+    assert spy.seen == [([[0, 0, 0], [2, 2, 0]], "prefill"), ([[0], [0]], "decode")]
+
+
+@pytest.mark.parametrize("masked", [torch.bool, torch.float32])
+def test_a_token_that_may_look_at_nothing_is_padding(watched: Any, masked: torch.dtype) -> None:
+    may_look = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    may_look[..., 0] = False
+    mask = may_look if masked == torch.bool else torch.zeros(may_look.shape).masked_fill(~may_look, torch.finfo(masked).min)
+    ids = torch.tensor([[5, 6, 7]])
+    assert seen(watched, input_ids=ids, attention_mask=mask) == ([[2, 0, 0]], "prefill")
+    told = ModalityWatch._with_padding
+    assert told(torch.zeros_like(ids), {"full_attention": None, "sliding_attention": mask}).tolist() == [[2, 0, 0]]
+    assert told(torch.zeros_like(ids), {"full_attention": None}).tolist() == [[0, 0, 0]]
 
 
 @pytest.mark.usefixtures("without_inductor")

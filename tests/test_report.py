@@ -13,6 +13,7 @@ from torch import Tensor
 from modes_fx.errors import ModesFxError
 from modes_fx.graph.in_force import InForce
 from modes_fx.graph.running import Forward
+from modes_fx.passes.reasons import REASONS
 from modes_fx.policies import RULES
 from modes_fx.report import Report, SiteReport, SkipStats
 
@@ -56,11 +57,17 @@ def test_reasons_are_counted_by_code(report: Report) -> None:
 
 
 def test_a_report_reads_as_a_table_with_a_row_for_each_site(report: Report) -> None:
-    title, _, _, *rows = str(report).splitlines()
+    title, _, _, *rows = str(report).splitlines()[:-2]
     assert "TinyModel" in title
     assert "3 sites found, 1 rewritten" in title
     assert [row.split()[0] for row in rows] == [site.name for site in report.sites]
     assert rows[1].split()[-1] == "WEIGHTS_HAVE_OTHER_USERS"
+
+
+def test_a_report_ends_with_what_to_do_about_each_reason(report: Report) -> None:
+    *_, first, second = str(report).splitlines()
+    assert first == f"WEIGHTS_HAVE_OTHER_USERS (1 of 3): they do more. {REASONS['WEIGHTS_HAVE_OTHER_USERS'].advice}"
+    assert second == f"EXPERT_PARALLEL (1 of 3): they do more. {REASONS['EXPERT_PARALLEL'].advice}"
 
 
 def test_pairs_are_counted_by_layer_modality_and_phase_and_padding_nowhere(stats: SkipStats) -> None:

@@ -195,9 +195,14 @@ FAMILIES: dict[str, Callable[..., nn.Module]] = {
 
 
 @cache
-def _prototype(family: str) -> nn.Module:
+def _prototype(family: str, layers: int | None = None) -> nn.Module:
     torch.manual_seed(sum(map(ord, family)))
-    model = FAMILIES[family]().eval()
+    changes: dict[str, Any] = {} if layers is None else {"num_hidden_layers": layers}
+    if layers is not None and family == "gpt_oss":
+        changes["layer_types"] = ["full_attention"] * layers
+    if layers is not None and family == "deepseek_v3":
+        changes["first_k_dense_replace"] = 0
+    model = FAMILIES[family](**changes).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:  # the stock initialisation leaves tiny routed outputs that no test would miss
@@ -207,9 +212,9 @@ def _prototype(family: str) -> nn.Module:
     return model
 
 
-def make(family: str = "qwen3_vl_moe", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a fresh model; the same weights for the same family."""
-    return copy.deepcopy(_prototype(family)).to(dtype)
+def make(family: str = "qwen3_vl_moe", dtype: torch.dtype = torch.float32, layers: int | None = None) -> nn.Module:
+    """Return a fresh model; the same weights for the same family. ``layers`` are MoE layers all; None: as many as it has."""
+    return copy.deepcopy(_prototype(family, layers)).to(dtype)
 
 
 def one_layer() -> nn.Module:

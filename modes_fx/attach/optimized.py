@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modes_fx.attach.expert_parallel import ExpertParallel
 from modes_fx.attach.probe import probe
 from modes_fx.attach.regions import OneLayer, Regions, compiled_block, compiled_module
 from modes_fx.attach.watch import Watch
@@ -23,7 +24,7 @@ from modes_fx.graph.runtime import Runtime
 from modes_fx.kernels.cpu.packed import Packing
 from modes_fx.models.convert.conversions import Conversions
 from modes_fx.models.layers import MoeLayer, Region
-from modes_fx.passes.site import SiteRecord
+from modes_fx.passes.site import Reject, SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.quantise.support import support_quantised
 from modes_fx.report import Report, SiteReport
@@ -51,6 +52,7 @@ class Optimized:
         self.runtime = Runtime(layers, rule, dispatch)
         self.model_name = type(model).__name__
         self.watches: list[Watch] = []
+        self.parallel: dict[int, ExpertParallel] = {}
         self.regions = Regions(self.runtime)
         self.conversions = Conversions()
         self.packing = Packing()
@@ -101,6 +103,8 @@ class Optimized:
             watch.remove()
         self.regions.remove()
         self.packing.undo()
+        for parallel in self.parallel.values():
+            parallel.remove()
         for experts, site in self.sites_before:
             attach(experts, site)
         self.conversions.undo()
@@ -121,16 +125,29 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
         state.rejections |= support_quantised(layers)
         for index, layer in enumerate(state.layers):
             state.sites_before.append((layer.experts, attach(layer.experts, Site(state.runtime, index, _uncompiled))))
-        state.layers, state.rejections = probe(state.layers, state.runtime, state.rejections)
+            if getattr(layer.experts, "_is_expert_parallel", False) and index not in state.rejections:
+                _take_apart(state, index)
+        state.layers, state.rejections = probe(model, state.layers, state.runtime, state.rejections)
         for index in state.rejections:
             if (block := state.layers[index].stands_for) is not None:
                 state.conversions.undo(block)
             attach(state.layers[index].experts, None)
+            if (parallel := state.parallel.pop(index, None)) is not None:
+                parallel.remove()
             state.layers[index] = layers[index]
     except BaseException:
         state.undo()
         raise
     return state
+
+
+def _take_apart(state: Optimized, index: int) -> None:
+    """Decide in front of experts of which each process holds some, if that can be done."""
+    layer = state.layers[index]
+    try:
+        state.parallel[index] = ExpertParallel(layer.experts)
+    except Reject as reason:
+        state.rejections[index] = SiteRecord("", layer.name, "rejected", reason.code, reason.detail)
 
 
 def _uncompiled(experts: Any, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -169,7 +186,8 @@ def compile_regions(state: Optimized, dynamic: bool | None, settings: Mapping[st
         dispatch: ExpertsDispatch = dispatch_of(layer.experts)
         if dispatch not in alone:
             alone[dispatch] = compiled_block(backend, dispatch, dynamic=dynamic)
-        attach(layer.experts, Site(state.runtime, index, OneLayer(state.runtime, index, alone[dispatch])))
+        call = OneLayer(state.runtime, index, alone[dispatch], decided=index in state.parallel)
+        attach(layer.experts, Site(state.runtime, index, call))
         if state.region != "moe":
             module = layer.region(state.region)
             wider[id(module)] = module

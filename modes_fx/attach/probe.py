@@ -16,16 +16,18 @@ from modes_fx.graph.backend import Compiled, SkipBackend, last_sites
 from modes_fx.graph.experts import Given, dispatch_of
 from modes_fx.graph.runtime import Runtime
 from modes_fx.models.layers import MoeLayer, has_accelerate_hooks
+from modes_fx.models.sharding import expert_parallel, whole_weights
 from modes_fx.passes.site import Reject, SiteRecord
 
 
 def probe(
-    layers: Sequence[MoeLayer], runtime: Runtime, refused: Mapping[int, SiteRecord]
+    model: nn.Module, layers: Sequence[MoeLayer], runtime: Runtime, refused: Mapping[int, SiteRecord]
 ) -> tuple[list[MoeLayer], dict[int, SiteRecord]]:
     """Run each layer's block, or its experts module where the block cannot be traced alone, through the pass.
 
     Args:
-        layers: The model's MoE layers, whose experts know their sites.
+        model: The model.
+        layers: Its MoE layers, whose experts know their sites.
         runtime: Learns the rewritten sites (``runtime.sites``).
         refused: Layers that are known not to be rewritten, with the reasons.
 
@@ -39,16 +41,17 @@ def probe(
         if index in refused:
             probed.append(layer)
             continue
-        candidates = (layer.experts,) if has_accelerate_hooks(layer.block) else (layer.block, layer.experts)
+        # What moves weights or tokens runs outside of what is compiled.
+        apart = has_accelerate_hooks(layer.block) or expert_parallel(layer.experts) is not None
+        candidates = (layer.experts,) if apart else (layer.block, layer.experts)
         for module in dict.fromkeys(candidates):
             kind, site = type(module), None
             if kind not in callers:
                 backend = SkipBackend(lambda sites: None, _run_uncompiled)
-                hooked = has_accelerate_hooks(module)  # the hooks run outside of what is compiled
-                callers[kind] = compiled_block(backend, dispatch_of(module)) if hooked else compiled_block(backend)
+                callers[kind] = compiled_block(backend, dispatch_of(module)) if apart else compiled_block(backend)
             tokens = _two_tokens(layer, module)
             try:
-                with torch.no_grad():
+                with torch.no_grad(), whole_weights(layer.experts, model, layer.stack, layer.layer, layer.block):
                     output, kept = callers[kind](module, _given(layer, runtime, tokens[0].device), *tokens)
                 if kept is not None:
                     (site,) = last_sites()

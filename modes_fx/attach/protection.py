@@ -28,6 +28,7 @@ from modes_fx.graph.running import RUNNING, Forward
 from modes_fx.graph.runtime import Runtime
 from modes_fx.modality import CLASSES, PADDING
 from modes_fx.models.layers import MoeLayer
+from modes_fx.models.sharding import has_sharded_heads
 
 IMPLEMENTATION = "modes_fx_observed"
 SHARE = 0.02
@@ -53,7 +54,7 @@ def watch_attention(layers: Sequence[MoeLayer], runtime: Runtime) -> tuple[list[
         name that it had.
 
     Raises:
-        ModelError: Attention is none that can be observed.
+        ModelError: Attention is none that can be observed, or not here.
     """
     blocks = list({id(layer.layer): layer.layer for layer in layers}.values())
     found: Iterator[Any] = (getattr(module, "config", None) for block in blocks for module in block.modules())
@@ -64,6 +65,11 @@ def watch_attention(layers: Sequence[MoeLayer], runtime: Runtime) -> tuple[list[
         raise ModelError(
             f"A rule that protects tokens observes attention that runs as sdpa; this model's runs as {others or 'none'}. "
             'Load it with attn_implementation="sdpa".'
+        )
+    if any(has_sharded_heads(layer.layer, layer.block) for layer in layers):
+        raise ModelError(
+            "A rule that protects tokens observes all attention heads, and here (tensor parallelism) each process sees some. "
+            "Choose a rule that protects none: naee."
         )
     for config, _ in named:
         config._attn_implementation = IMPLEMENTATION

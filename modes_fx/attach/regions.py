@@ -7,6 +7,7 @@ cannot be traced) are compiled the same way. A trace around the model takes none
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Callable
@@ -33,6 +34,9 @@ _SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
 _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
 _CHANGED_LATER = "If it was quantised or given adapters after optimize(): call modes_fx.optimize() again."
 _REASON = "modes_fx compiles this module itself"
+_KINDS: Any = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+"""One sequence or several, of one token or several, with gradients, without, in inference mode: that is twelve graphs. torch's
+own limit is eight, and what needs another one raises."""
 _CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 Compiled = Callable[..., Any]
@@ -141,17 +145,23 @@ class OneLayer:
         runtime: The model's.
         layer: The layer's index.
         compiled: See ``compiled_block``.
+        decided: Whether the pairs were decided before, so that there is nothing to give and nothing to note.
     """
 
-    def __init__(self, runtime: Runtime, layer: int, compiled: Compiled) -> None:
+    def __init__(self, runtime: Runtime, layer: int, compiled: Compiled, *, decided: bool = False) -> None:
         self._runtime = runtime
         self._layer = layer
+        self._decided = decided
         self._hidden_size = runtime.layers[layer].hidden_size
         self._compiled = compiled
 
     @torch._dynamo.disable(reason=_REASON)  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the module on its arguments, of which the first tensor holds the hidden states of all tokens, in any shape."""
+        if self._decided:
+            output, _ = self._compiled(module, (), *args, **kwargs)
+            self._runtime.sites[self._layer] = last_sites()[0]
+            return output
         hidden: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         given = self._runtime.given(self._layer, hidden.numel() // self._hidden_size, hidden.device)
         output, kept = self._compiled(module, given, *args, **kwargs)
@@ -192,7 +202,7 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
 def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None, *, advice: str) -> Compiled:
     """Compile a function of a module as one graph, with a cache of graphs of its own, which goes when the function goes."""
     own = own_code(call)
-    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic, **_KINDS)
 
     @skip
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

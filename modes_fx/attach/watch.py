@@ -207,16 +207,33 @@ class ModalityWatch(Watch):
 
     @staticmethod
     def _with_padding(ids: Tensor, mask: Any) -> Tensor:
-        # 4-D masks and mask dictionaries say who may look at whom, not which tokens are padding: nothing is skipped for them.
-        if not isinstance(mask, Tensor) or mask.dim() == 4:
-            return ids
         batch, length = ids.shape
+        if isinstance(mask, dict):  # one for each kind of attention: in all of them a token may look at itself
+            mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
+        if not isinstance(mask, Tensor):
+            return ids
+        if mask.dim() == 4:
+            blind = _blind(mask)
+            return ids.masked_fill(blind.to(ids.device), PADDING) if blind.shape == ids.shape else ids
         if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] < length:
             raise ModalityError(
                 f"attention_mask has shape {list(mask.shape)}, but the forward has {batch} sequences of {length} tokens. "
                 f"Pass a mask of shape [{batch}, {length}] (longer when a cache holds earlier tokens)."
             )
         return ids.masked_fill(mask[:, -length:].to(ids.device) == 0, PADDING)
+
+
+def _blind(mask: Tensor) -> Tensor:
+    """Return bool [B, S]: the tokens that may look at nothing, not even at themselves, which is padding in front.
+
+    ``generate`` hands such a mask to models over a static cache. It does not tell padding behind a sequence: whose columns they
+    are in a cache that holds more is not said.
+
+    Args:
+        mask: Bool (True: may look) or additive, [B, heads or 1, S, keys].
+    """
+    may_look = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min
+    return ~may_look.any(dim=-1).any(dim=1)
 
 
 def _begin(runtime: Runtime, ids: Tensor, phase: Phase, expert_groups: Tensor | None = None) -> Forward:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.routing import RoutingRecorder
+from modes_fx.calib.shapes import in_few_shapes
 from modes_fx.data.batch import IGNORED, Batch
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.graph.runtime import Runtime
+from modes_fx.models.sharding import processes_of
 from modes_fx.optimize import optimize, optimized_state, restore
 from modes_fx.plan.budget import Budget
 
@@ -53,9 +55,19 @@ class Answers:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._device = _input_device(model)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether Python runs ahead of the device, so that shapes are better few and what it returns is better not read."""
+        return self._device.type != "cpu"
+
     def __call__(self, batch: Batch, *, grad: bool = False) -> tuple[Tensor, Tensor]:
-        """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer."""
-        labels = batch["labels"]
+        """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer; where the logits are.
+
+        Nothing that the device computes is read here.
+        """
+        labels = batch["labels"].cpu()
+        if self._device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # of all graphs of a forward, not of each
         inputs = {key: value for key, value in _to_device(batch, self._device).items() if key != "labels"}
         first = int((labels != IGNORED).any(dim=0).nonzero()[0])
         keep = labels.shape[1] - max(first - 1, 0)
@@ -63,10 +75,15 @@ class Answers:
             inputs["logits_to_keep"] = keep
         with torch.set_grad_enabled(grad):
             logits = self._model(**inputs, use_cache=False).logits[:, -keep:-1]
-            labels = labels[:, -keep:][:, 1:].to(logits.device)
-            at = labels != IGNORED
-            correct = ((logits.argmax(dim=-1) == labels) | ~at).all(dim=1)
-            return logits[at], correct.cpu()
+            return _at_answers(logits, labels[:, -keep:][:, 1:])
+
+
+def _at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits [n, V] of [B, S, V] at the answer tokens, and bool [B]; ``labels`` [B, S] are on the CPU."""
+    at = labels != IGNORED
+    samples, tokens = (index.to(logits.device) for index in at.nonzero(as_tuple=True))
+    right = (logits.argmax(dim=-1) == labels.to(logits.device)) | ~at.to(logits.device)
+    return logits[samples, tokens], right.all(dim=1)
 
 
 def checked(batches: Iterable[Batch]) -> list[Batch]:
@@ -99,17 +116,19 @@ class Objective:
         reference_bytes: Memory of this process taken by the unskipped answers.
 
     Raises:
-        CalibrationError: No batch, or one without ``labels`` or without answer tokens; on all processes.
+        CalibrationError: No batch, or one without ``labels`` or without answer tokens, on all processes; or the model is
+            sharded over processes.
         NotOptimizedError: The model is not optimised.
     """
 
     def __init__(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_whole(model)
         self._model = model
         self._runtime = optimized_state(model).runtime
         self._answers = Answers(model)
         self.layers = tuple(layer.name for layer in self._runtime.layers)
         self.num_layers = len(self.layers)
-        self._batches = checked(batches)
+        self._batches = in_few_shapes(checked(batches)) if self._answers.runs_ahead else checked(batches)
         self._reference: list[Tensor] = []  # logits [answer tokens, V] of each batch, on the CPU
         samples, right = 0, 0
         logger.info("the unskipped model answers %d batches", len(self._batches))
@@ -134,22 +153,24 @@ class Objective:
         """
         stats = self._runtime.stats
         routed, kept = stats.pairs_routed, stats.pairs_kept
-        kl, right = 0.0, 0
+        kl: list[Tensor] = []
+        right: list[Tensor] = []
         with bounds_in_force(self._runtime, bounds), stats.counting():
             for batch, reference in zip(self._batches, self._reference, strict=True):
                 logits, correct = self._answers(batch)
-                kl += divergence(reference.to(logits.device), logits)
-                right += int(correct.sum())
+                kl.append(divergence_of_rows(reference.to(logits.device), logits).sum(dtype=torch.float64))
+                right.append(correct.sum())
         # One sum over processes: counts below 2**53 are exact in float64.
         counted = torch.stack([stats.pairs_routed - routed, stats.pairs_kept - kept]).sum(dim=(1, 3))
-        sums = processes.total(torch.tensor([kl, right, *counted.flatten().tolist()], dtype=torch.float64)).tolist()
-        (kl, right), routed_m, kept_m = sums[:2], sums[2:4], sums[4:]
+        found = sum(map(float, kl)), sum(map(int, right)), *counted.flatten().tolist()  # read when all is on its way
+        sums = processes.total(torch.tensor(found, dtype=torch.float64)).tolist()
+        (loss, correct_answers), routed_m, kept_m = sums[:2], sums[2:4], sums[4:]
         return Evaluation(
-            kl=max(kl, 0.0) / self.answer_tokens,
+            kl=max(loss, 0.0) / self.answer_tokens,
             skip_ratio=_skipped(sum(routed_m), sum(kept_m)),
             skip_ratio_text=_skipped(routed_m[0], kept_m[0]),
             skip_ratio_vision=_skipped(routed_m[1], kept_m[1]),
-            accuracy=right / self._samples,
+            accuracy=correct_answers / self._samples,
         )
 
     def routing_weights(self) -> RoutingRecorder:
@@ -161,9 +182,17 @@ class Objective:
         return recorder
 
 
-def divergence(reference: Tensor, logits: Tensor) -> float:
-    """Return the sum over rows of KL(softmax(reference) || softmax(logits)) in nats; both [n, V], on one device."""
-    return float(divergence_of_rows(reference, logits).sum(dtype=torch.float64))
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model that lies in several processes: each measures batches of its own, and so many forwards as they need.
+
+    Raises:
+        CalibrationError: The model is sharded.
+    """
+    if (number := processes_of(model)) > 1:
+        raise CalibrationError(
+            f"{type(model).__name__} is sharded over {number} processes, and calibration gives each of them its own batches. "
+            'Load the model whole, with device_map="auto" over several GPUs, and use the plan for the sharded one.'
+        )
 
 
 def divergence_of_rows(reference: Tensor, logits: Tensor) -> Tensor:
@@ -177,8 +206,9 @@ def optimized(model: nn.Module) -> Iterator[nn.Module]:
     """Optimise a model for the length of a block, if it is not; bounds in force before come back after it.
 
     Raises:
-        CalibrationError: The model is optimised with another rule than thresholds, which mean nothing to it.
+        CalibrationError: The model is optimised with another rule than thresholds, which mean nothing to it; or sharded.
     """
+    check_whole(model)
     try:
         state = optimized_state(model)
     except NotOptimizedError:

@@ -17,6 +17,7 @@ from modes_fx.calib.frontier import FrontierPoint, FrontierResult, check_targets
 from modes_fx.calib.importance import Importance
 from modes_fx.calib.journal import Journal, opened
 from modes_fx.calib.objective import Objective, checked, optimized
+from modes_fx.calib.refine import TOLERANCE, step_down
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.calib.trials import Trial, Trials, as_point, data_hash, pareto, thresholds, versions, what_determines
 from modes_fx.data.batch import Batch
@@ -47,14 +48,16 @@ def search(
     """Find thresholds that reach each target skip ratio at the least KL divergence.
 
     A frontier search for each gamma over a ``grid_size`` x ``grid_size`` grid of the model's own scores
-    ``alpha**gamma * weight``: quantiles, so that each step skips about as much more as the one before. The gamma is chosen on
-    ``batches`` too; ``held_out`` is only measured.
+    ``alpha**gamma * weight``: quantiles, so that each step skips about as much more as the one before. From the best point of
+    the grids it then steps down to the target itself (``refine``), until half a point above it or as near as the model's scores
+    allow, in at most a third more evaluations. The gamma is chosen on ``batches`` too; ``held_out`` is only measured.
 
     Several processes (``accelerate launch``) each pass their share of the data, and all get the same plan.
 
-    The plan's ``provenance["search"]`` says what it cost and how good it is: ``complete``; for each target the loss found and
-    ``lower_bound``, which no choice of the grids can be below (equal, once complete; see ``FrontierResult`` for what that rests
-    on). Its ``frontier`` holds all trials that no other beats in both loss and skip ratio, so that it takes targets in between.
+    The plan's ``provenance["search"]`` says what it cost and how good it is: ``complete``; for each target the loss found on
+    the grids and ``lower_bound``, which no choice of theirs can be below (equal, once complete; see ``FrontierResult`` for what
+    that rests on); ``refined``, the evaluations off the grids. Its ``frontier`` holds all trials that no other beats in both
+    loss and skip ratio, so that it takes targets in between.
 
     Args:
         model: A model that ``modes_fx.optimize`` takes, optimised or not.
@@ -98,17 +101,23 @@ def search(
         routing = objective.routing_weights()
         results = _search_gammas(trials, routing, importance, gammas, targets, grid_size, on_progress)
         chosen = _best(results, len(targets))
-        found = [(gamma, point) for gamma, point in chosen if point is not None]
         complete = len(results) == len(set(gammas)) and all(result.complete for result in results.values())
+        on_grids = len(trials.made)
+        if complete:
+            _refine(trials, routing, importance, chosen, grid_size, on_progress)
+        found = [
+            (target, _nearest(trials, target)) for target, (_, point) in zip(targets, chosen, strict=True) if point is not None
+        ]
         if not found and complete:
             raise UnreachableError(f"No target of {list(targets)} can be reached on this data.")
         if not found:
             raise CalibrationError(_out_of_time(targets, time_budget, len(trials.made), journal))
         seconds = time.monotonic() - started
         fresh = None if held_out is None else Objective(model, held_out)
-        points = tuple(_plan_point(gamma, point, trials, importance, fresh) for gamma, point in found)
+        points = tuple(_plan_point(target, trial, importance, fresh) for target, trial in found)
     search_facts = {
         "evaluations": len(trials.made),
+        "refined": len(trials.made) - on_grids,
         "from_journal": len(trials.made) - trials.measured,
         "exhaustive": sum(result.exhaustive for result in results.values()),
         "violations": sum(len(result.violations) for result in results.values()),
@@ -182,7 +191,7 @@ def _search_gammas(
     for searched, gamma in enumerate(order):
         if trials.out_of_time(_SPARED):
             break
-        scores = [routing.scores(m, [row[m] ** gamma for row in importance.alpha]) for m in range(len(MODALITIES))]
+        scores = _scores(routing, importance, gamma)
         at_hand = [math.inf if point is None else point.loss for _, point in _best(results, len(targets))]
         gammas_left = len(order) - searched - 1
         results[gamma] = _search_gamma(trials, gamma, scores, targets, at_hand, grid_size, gammas_left, on_progress)
@@ -208,7 +217,7 @@ def _search_gamma(
         if on_progress is not None:
             on_progress(len(trials.made), len(trials.made) + left + walks)
 
-    taus_text, taus_vision = trials.grids(gamma, grid_size, lambda: [score_grid(*of, grid_size) for of in scores])
+    taus_text, taus_vision = _grids(trials, gamma, scores, grid_size)
     return frontier_search(
         lambda text, vision: trials(gamma, text, vision).evaluation.kl,
         lambda text, vision: trials(gamma, text, vision).evaluation.skip_ratio,
@@ -220,6 +229,55 @@ def _search_gamma(
         on_evaluation=on_evaluation,
         should_stop=lambda: trials.out_of_time(_SPARED + distinct),  # a stopped search tightens each target's bound
     )
+
+
+def _refine(
+    trials: Trials,
+    routing: RoutingRecorder,
+    importance: Importance,
+    chosen: Sequence[tuple[float, FrontierPoint | None]],
+    grid_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    """Try thresholds between the best point of each target and its neighbours on the grids."""
+    most = len(trials.made) + len(trials.made) // 3
+    for gamma, point in chosen:
+        if point is None:
+            continue
+
+        def ratio(tau_text: float, tau_vision: float, gamma: float = gamma) -> float:
+            found = trials(gamma, tau_text, tau_vision).evaluation.skip_ratio
+            if on_progress is not None:
+                on_progress(len(trials.made), most)
+            return found
+
+        scores = _scores(routing, importance, gamma)
+        step_down(
+            ratio,
+            predicted_ratio(scores),
+            (point.tau_text, point.tau_vision),
+            _grids(trials, gamma, scores, grid_size),
+            [values for values, _ in scores],
+            point.target,
+            lambda: len(trials.made) < most and not trials.out_of_time(_SPARED),
+        )
+    if on_progress is not None:
+        on_progress(len(trials.made), len(trials.made))
+
+
+def _nearest(trials: Trials, target: float) -> Trial:
+    """Return the trial of least loss that ends within the tolerance above a target, or, without one, above it at all."""
+    enough = [trial for trial in trials.made.values() if trial.evaluation.skip_ratio >= target]
+    near = [trial for trial in enough if trial.evaluation.skip_ratio <= target + TOLERANCE]
+    return min(near or enough, key=lambda trial: (trial.evaluation.kl, -trial.evaluation.skip_ratio, trial.tau_text))
+
+
+def _scores(routing: RoutingRecorder, importance: Importance, gamma: float) -> list[tuple[Tensor, Tensor]]:
+    return [routing.scores(m, [row[m] ** gamma for row in importance.alpha]) for m in range(len(MODALITIES))]
+
+
+def _grids(trials: Trials, gamma: float, scores: Sequence[tuple[Tensor, Tensor]], size: int) -> list[list[float]]:
+    return trials.grids(gamma, size, lambda: [score_grid(*of, size) for of in scores])
 
 
 def _lower_bounds(
@@ -263,17 +321,11 @@ def _best(results: Mapping[float, FrontierResult], num_targets: int) -> list[tup
     return best
 
 
-def _plan_point(
-    gamma: float,
-    point: FrontierPoint,
-    trials: Trials,
-    importance: Importance,
-    held_out: Objective | None,
-) -> PlanPoint:
-    chosen = as_point(trials(gamma, point.tau_text, point.tau_vision), point.target)
+def _plan_point(target: float, trial: Trial, importance: Importance, held_out: Objective | None) -> PlanPoint:
+    chosen = as_point(trial, target)
     if held_out is None:
         return chosen
-    plan = thresholds(importance.alpha, gamma, point.tau_text, point.tau_vision)
+    plan = thresholds(importance.alpha, trial.gamma, trial.tau_text, trial.tau_vision)
     fresh = held_out.evaluate(plan.bounds(held_out.num_layers))
     realised, kl = {**chosen.realised, "held_out": fresh.skip_ratio}, {**chosen.kl, "held_out": fresh.kl}
     return replace(chosen, realised=realised, kl=kl)

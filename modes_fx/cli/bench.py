@@ -32,25 +32,28 @@ def bench(
     plot: Annotated[Path | None, output_file("File for a plot, SVG.")] = None,
 ) -> None:
     """Time layers of a well-known shape with random weights: stock, modes-fx and, if installed, vLLM's CPU kernel, in turn."""
-    import torch
+    from modes_fx.measure.bench.options import Options, Skew, check_plot
+
+    options = Options(
+        preset=preset, parts=parts, tokens=tokens, skips=skip, layers=layers, prompt=prompt, cache=cache, growth_to=growth_to,
+        skew=cast(Skew, skew), rounds=rounds, limit_s=limit, threads=threads or (), device=device,
+    )  # fmt: skip
+    if plot is not None:
+        check_plot(options)
 
     from modes_fx.files import strict_json
     from modes_fx.files.writing import write_atomically
-    from modes_fx.measure.bench import Bench, Options, output, run
-    from modes_fx.measure.bench.models import Skew
+    from modes_fx.measure.bench import output
+    from modes_fx.measure.bench.parts import Bench, run
+    from modes_fx.models.device import choose_device
 
+    choose_device(device)
     be_quiet()
-    options = Options(
-        preset=preset, parts=parts, tokens=tokens, skips=skip, layers=layers, prompt=prompt, cache=cache, growth_to=growth_to,
-        skew=cast(Skew, skew), rounds=rounds, limit_s=limit, threads=threads or (torch.get_num_threads(),), device=device,
-    )  # fmt: skip
 
     def keep(found: Bench) -> None:
         if json_file is not None:
             write_atomically(json_file, strict_json.dumps(output.facts(found, options)))
 
-    if plot is not None:
-        output.check_plot(options)
     keep(Bench())  # a file that cannot be written is known before anything is measured
     with Bars() as bars:
         found = run(options, bars, keep)

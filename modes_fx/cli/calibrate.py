@@ -28,7 +28,9 @@ def calibrate(
     mode: Annotated[
         str, typer.Option(help="reference: skip a layer for one modality at a time; paper: for all tokens.")
     ] = "reference",
-    method: Annotated[str, typer.Option(help="resumed, naive or estimate.")] = "resumed",
+    method: Annotated[
+        str, typer.Option(help="resumed; naive: the same by whole forwards; estimate: rough, by a few backwards.")
+    ] = "resumed",
     journal: shared.JournalOption = None,
     dtype: shared.DtypeOption = "auto",
     device: shared.DeviceOption = None,

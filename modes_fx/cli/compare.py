@@ -36,9 +36,9 @@ def compare(
     data: Annotated[
         str | None, typer.Option("--data", help="Calibration data: file, folder or `demo`; left out for the demo model.")
     ] = None,
-    test_data: Annotated[Path | None, typer.Option("--test-data", "--held-out", help="Other data, to measure on.")] = None,
+    test_data: Annotated[Path | None, typer.Option("--test-data", help="Other data, to measure on.")] = None,
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
-    targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
+    targets: shared.TargetsOption = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
     rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
     out: Annotated[Path, shared.output_folder("Folder for compare.html, compare.json and compare.csv.")] = Path("out/compare"),
     importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
@@ -87,11 +87,14 @@ def compare(
     from modes_fx.calib.trials import data_hash, versions
     from modes_fx.measure.compare import CONTENDERS
     from modes_fx.measure.compare import compare as run
+    from modes_fx.measure.compare.contenders import contender
     from modes_fx.measure.compare.output import mean_rows, write
     from modes_fx.measure.compare.rows import short_names
     from modes_fx.measure.page.closeup import Closeup, look_closely
 
     shared.check_device(device, device_map)
+    for rule in rules or ():
+        contender(rule)
     _check_one_architecture(models, trust_remote_code)
     shared.say_without_figures()
     names = short_names(models)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
@@ -15,6 +17,10 @@ from rich.table import Table
 from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 from modes_fx.files import importance_fields
+
+if TYPE_CHECKING:
+    from modes_fx.calib.plainest import Worse
+    from modes_fx.data import Samples
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -27,16 +33,30 @@ def seconds(text: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
+def exponents(values: list[float]) -> list[float]:
+    """Refuse gammas that are none; a callback."""
+    for value in values:
+        if not 0 <= value < math.inf:
+            raise typer.BadParameter(f"{value:g} is no exponent: pass finite numbers >= 0.")
+    return values
+
+
+GammasOption = Annotated[list[float], typer.Option(callback=exponents, help="Exponents of the importance to try.")]
+
+
 def search(
     model: shared.ModelArgument,
     data: shared.DataOption = None,
     importance: Annotated[Path, typer.Option(help="What `modes-fx calibrate` wrote.")] = Path("importance.json"),
     out: Annotated[Path, shared.output_file("File for the plan.")] = Path("plan.json"),
-    targets: Annotated[list[float], typer.Option(help="Skip ratios to reach, in [0, 1].")] = [0.5, 0.75, 0.875],  # noqa: B006
-    gammas: Annotated[list[float], typer.Option(help="Exponents of the importance to try.")] = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
+    targets: shared.TargetsOption = [0.5, 0.75, 0.875],  # noqa: B006
+    gammas: GammasOption = [0.0, 0.25, 0.5, 1.0],  # noqa: B006
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality.")] = 24,
     held_out: Annotated[Path | None, typer.Option(help="Other data, to measure each chosen point on.")] = None,
     held_out_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
+    hold_back: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of the data that takes the place of --held-out where there is none.")
+    ] = 0.2,
     journal: shared.JournalOption = None,
     time_budget: Annotated[
         float | None,
@@ -55,12 +75,15 @@ def search(
 ) -> None:
     """Find, for each target skip ratio, the thresholds that change the model's answers least; write them as a plan."""
     source = shared.Source(data, data_format, split, samples, seed, max_bad)
+    other = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
+    shared.check_data(other)
     shared.check_inputs(model, source)
     importance_fields.read(importance, quiet=True)
 
     from modes_fx.calib import processes
     from modes_fx.calib import search as find
     from modes_fx.calib.importance_file import ImportanceFile
+    from modes_fx.calib.plainest import worse_than_reduce_k
 
     shared.check_device(device, device_map)
     with shared.session(device) as bars:
@@ -69,11 +92,15 @@ def search(
             model, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
         )
         known.check_model(network)
-        batches = shared.load_batches(network, processor, source, batch_size, bars)
-        fresh = None
+        drawn = shared.load_samples(source)
+        fresh_samples: Samples | None = None
         if held_out is not None:
-            other = shared.Source(held_out, data_format, held_out_split, samples, seed, max_bad)
-            fresh = shared.load_batches(network, processor, other, batch_size, bars)
+            fresh_samples = shared.load_samples(other)
+        elif int(len(drawn) * hold_back) >= processes.world():
+            drawn, fresh_samples = drawn.held_back(hold_back)
+            console.print(f"{len(fresh_samples)} of them are held back, to measure the plan on.", highlight=False)
+        batches = shared.load_batches(network, processor, drawn, batch_size, bars)
+        fresh = None if fresh_samples is None else shared.load_batches(network, processor, fresh_samples, batch_size, bars)
         plan = find(
             network, batches, known.importance, targets, gammas=gammas, grid_size=grid_size, held_out=fresh,
             journal=journal, time_budget=time_budget,
@@ -82,17 +109,31 @@ def search(
         plan = plan.with_provenance(seed=seed, command=["modes-fx", *sys.argv[1:]])
         processes.from_main(lambda: plan.save(out))
         _print(plan.provenance["search"], plan, out)
+        if fresh is not None:
+            say_worse(worse_than_reduce_k(network, plan, fresh))
+
+
+def say_worse(points: Sequence[Worse]) -> None:
+    """Print which targets lose more than Reduce-k, and what to do."""
+    for worse in points:
+        console.print(
+            f"Target {worse.target:g} is worse than the plainest rule: on the data held back it skips {worse.ratio:.1%} at a "
+            f"KL of {worse.kl:.1e}, where keeping each token's {worse.k} largest weights costs {worse.kl_of_k:.1e}. Search "
+            "with more --samples or a larger --grid-size.",
+            highlight=False,
+        )
 
 
 def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("target", "skipped", "text", "vision", "KL, nats", "at best", "gamma"):
+    for heading in ("target", "skipped", "text", "vision", "KL, nats", "held back", "at best", "gamma"):
         table.add_column(heading, justify="right", no_wrap=True)
     bounds = {row["target"]: row for row in facts["lower_bounds"]}
     for point in plan.points:
         ratios = (f"{point.realised[name]:.1%}" if name in point.realised else "" for name in ("calibration", "text", "vision"))
-        least = f"{bounds[point.target]['lower_bound']:.2e}"
-        table.add_row(f"{point.target:g}", *ratios, f"{point.kl['calibration']:.2e}", least, f"{point.gamma:g}")
+        least = f"{min(bounds[point.target]['lower_bound'], point.kl['calibration']):.2e}"
+        fresh = f"{point.kl['held_out']:.2e}" if "held_out" in point.kl else ""
+        table.add_row(f"{point.target:g}", *ratios, f"{point.kl['calibration']:.2e}", fresh, least, f"{point.gamma:g}")
     console.print(table)
     for row in facts["lower_bounds"]:
         if row["kl"] is None:

@@ -80,6 +80,17 @@ def output_folder(help: str) -> Any:
 JournalOption = Annotated[Path | None, output_file("File to keep each measurement in; a run that was cut off goes on from it.")]
 
 
+def ratios(values: list[float]) -> list[float]:
+    """Refuse targets that are no skip ratios; a callback of options."""
+    for value in values:
+        if not 0 <= value <= 1:
+            raise typer.BadParameter(f"{value:g} is no skip ratio: pass numbers in [0, 1].")
+    return values
+
+
+TargetsOption = Annotated[list[float], typer.Option(callback=ratios, help="Skip ratios to reach, in [0, 1].")]
+
+
 class SeveralValues(typer.core.TyperCommand):
     """Takes several values after one option: numbers after ``--targets``, say, names after ``--rules``; see ``_SEVERAL``."""
 

@@ -73,6 +73,16 @@ class Samples(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return iter(self._samples)
 
+    def held_back(self, share: float) -> tuple[Samples, Samples]:
+        """Return most of the samples, and the others, every n-th, for what is to be seen once the first have been used.
+
+        Args:
+            share: Of the others, in (0, 0.5].
+        """
+        step = round(1 / share)
+        first = [sample for index, sample in enumerate(self._samples, 1) if index % step]
+        return Samples(first, self.report), Samples(self._samples[step - 1 :: step], self.report)
+
 
 def load_samples(
     source: str | os.PathLike[str],

@@ -33,7 +33,13 @@ class PointFields(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ModelFields(msgspec.Struct, forbid_unknown_fields=True):
-    """What ``describe_model`` says; a plan that fits any model says nothing."""
+    """What ``describe_model`` says; a plan that fits any model says nothing.
+
+    Attributes:
+        model_type: As in the model's config.
+        config_hash: Hash of its architecture: of its config without dtype, paths and versions. Another one is refused.
+        vision_token_ids: Placeholder ids of visual tokens, by which ``torch.compile(model, backend="modes_fx")`` tells them.
+    """
 
     model_type: str = ""
     config_hash: str = ""
@@ -41,7 +47,12 @@ class ModelFields(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class PlanFields(msgspec.Struct, forbid_unknown_fields=True):
-    """The whole file, as ``SkipPlan``."""
+    """The whole file, as ``SkipPlan``.
+
+    Attributes:
+        schema_version: Of the file: 3, older ones are read too, newer ones refused.
+        digest: SHA-256 of all the rest, which tells damage; see docs/threat-model.md for what it does not tell.
+    """
 
     schema_version: int
     points: tuple[PointFields, ...]

@@ -7,9 +7,11 @@ a layer's weights, thresholds and token classes are inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
@@ -83,12 +85,12 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
         top_k_index: int64 [T, K].
         top_k_weights: [T, K].
     """
-    return run_dispatch(experts, marked_dispatch, hidden_states, top_k_index, top_k_weights)
+    return run_dispatch(experts, dispatch_of(experts), hidden_states, top_k_index, top_k_weights)
 
 
 def run_dispatch(experts: Any, dispatch: Dispatch, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Run a dispatch that marks its weights: in line where a trace takes it in, else compiled on its own."""
-    site: Site | None = getattr(experts, _ATTRIBUTE, None)
+    site = site_of(experts)
     if site is None or site.runtime.suspended or traced():
         return dispatch(experts, hidden_TH, ids_TK, weights_TK)
     return site.alone(experts, hidden_TH, ids_TK, weights_TK)
@@ -101,14 +103,53 @@ def marked_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
     return result
 
 
+def held_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Run transformers' ``grouped_mm`` on the experts that this process holds; see ``attach.expert_parallel``.
+
+    A pair whose expert is elsewhere, or that was dropped, has an id that no expert here has. The marker says so, and behind it
+    the dispatch can be that of experts that are all here.
+    """
+    site = site_of(experts)
+    if site is None or site.runtime.suspended:
+        stock: Tensor = grouped_mm_experts_forward(experts, hidden_TH, ids_TK, weights_TK)
+        return stock
+    held: Any = _Held(experts)
+    weights_TK = torch.where(ids_TK < held.num_experts, weights_TK, -math.inf)  # which no rule keeps
+    classes, bounds = ids_TK.new_zeros(len(ids_TK)), torch.full((1,), _ANY, device=weights_TK.device)
+    layer = site.layer if _one_layer.given is None else -1
+    weights_TK, keep_TK = marker.keep(weights_TK, ids_TK, classes, bounds, None, "threshold", site.runtime.dispatch, layer)
+    if _one_layer.given is not None:
+        _one_layer.kept = keep_TK
+    result: Tensor = grouped_mm_experts_forward(held, hidden_TH, ids_TK.clamp(max=held.num_experts - 1), weights_TK)
+    return result
+
+
+_ANY = torch.finfo(torch.float32).min
+
+
+class _Held:
+    """Experts that are some of a layer's, as if there were no others."""
+
+    _is_expert_parallel = False
+
+    def __init__(self, experts: nn.Module) -> None:
+        self._experts = experts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
+
+
 def dispatch_of(experts: Any) -> Dispatch:
     """Return the marked dispatch that an experts module runs: transformers', or a converted block's own."""
-    return type(experts).dispatch if hasattr(type(experts), "dispatch") else marked_dispatch
+    if hasattr(type(experts), "dispatch"):
+        own: Dispatch = type(experts).dispatch
+        return own
+    return held_dispatch if getattr(experts, "_is_expert_parallel", False) else marked_dispatch
 
 
 def marked(experts: nn.Module, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Return the weights with those of dropped pairs set to 0, through the marker; of experts without a site as they are."""
-    site: Site | None = getattr(experts, _ATTRIBUTE, None)
+    site = site_of(experts)
     if site is None or site.runtime.suspended:
         return weights_TK
     runtime = site.runtime
@@ -127,8 +168,14 @@ def marked(experts: nn.Module, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
 
 def is_marked(experts: nn.Module) -> bool:
     """Return whether ``marked`` puts the marker on the weights of these experts."""
-    site: Site | None = getattr(experts, _ATTRIBUTE, None)
+    site = site_of(experts)
     return site is not None and not site.runtime.suspended
+
+
+def site_of(experts: nn.Module) -> Site | None:
+    """Return what experts know of the optimised model that they belong to; None where they belong to none."""
+    site: Site | None = getattr(experts, _ATTRIBUTE, None)
+    return site
 
 
 def of_one_layer(

@@ -117,20 +117,21 @@ class Forward:
             bounds, table = bounds.to(device), None if table is None else table.to(device)
         return classes, bounds, table
 
-    def note(self, layer: int, classes: Tensor, keep_TK: Tensor) -> None:
+    def note(self, layer: int, classes: Tensor, keep_TK: Tensor, counted_TK: Tensor | None = None) -> None:
         """Take note of what a layer kept: count it, and steer by it.
 
         Args:
             layer: Its index.
             classes: int64 [T], those of its tokens.
             keep_TK: bool [T, K].
+            counted_TK: bool [T, K], the pairs that this process counts; None where it counts all.
         """
         whole = self
         while whole._outer is not None:
             whole = whole._outer
         if whole.counts is not None:
             counts = whole.counts.clone()
-            counts[layer, :, PHASES.index(self.phase)] += _tally(classes, keep_TK).to(counts.device)
+            counts[layer, :, PHASES.index(self.phase)] += _tally(classes, keep_TK, counted_TK).to(counts.device)
             whole.counts = counts
         if self._steering is not None:
             self._steering.note(layer, keep_TK)
@@ -164,11 +165,14 @@ class Forward:
         return self._of_group[vision]
 
 
-def _tally(classes: Tensor, keep_TK: Tensor) -> Tensor:
+def _tally(classes: Tensor, keep_TK: Tensor, counted_TK: Tensor | None) -> Tensor:
     """Return int64 [modalities, 2]: pairs routed and kept."""
     modality = torch.arange(len(MODALITIES), device=classes.device).unsqueeze(1)
     mine_MT = classes % CLASSES == modality  # protected tokens are classes of their own
-    routed = mine_MT.sum(dim=1) * keep_TK.shape[1]
+    if counted_TK is None:
+        routed = mine_MT.sum(dim=1) * keep_TK.shape[1]
+    else:
+        routed, keep_TK = (mine_MT * counted_TK.sum(dim=1)).sum(dim=1), keep_TK & counted_TK
     return torch.stack([routed, (mine_MT * keep_TK.sum(dim=1)).sum(dim=1)], dim=1)
 
 

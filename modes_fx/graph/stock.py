@@ -53,9 +53,11 @@ def modes_fx(
         module: Dynamo's graph.
         inputs: Its example inputs.
         mode: An Inductor mode, such as ``"max-autotune-no-cudagraphs"``; ``torch.compile`` takes no options beside it.
-        options: ``plan`` (a ``SkipPlan`` or a path; none keeps every expert), ``target``, ``dispatch``, ``vision_token_ids``
-            (for a plan that names none), ``mode`` (as above), ``report`` (a ``modes_fx.GraphReport`` that is told of each
-            graph); any other goes to Inductor. An optimised model has the first four of its own.
+        options: ``plan`` (a ``SkipPlan`` or a path; none keeps every expert), ``target``, ``dispatch`` (see
+            ``modes_fx.optimize``; ``"compact"`` also spares the arithmetic of ``batched_mm`` on a GPU, at the cost of waiting
+            for it), ``vision_token_ids`` (for a plan that names none), ``mode`` (as above, since it may not stand beside
+            options), ``report`` (a ``modes_fx.GraphReport`` that is told of each graph); any other goes to Inductor. An
+            optimised model has the first four of its own.
 
     Raises:
         PlanError: The plan is unreadable, lacks the target, or there is a target without a plan.

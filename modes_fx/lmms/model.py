@@ -22,7 +22,6 @@ from modes_fx.models.device import choose_device
 from modes_fx.models.layers import Region
 from modes_fx.models.loading import check_torchvision, load
 from modes_fx.optimize import optimize as optimize_model
-from modes_fx.passes.skip_experts import Dispatch
 
 
 class ModesFx(lmms):  # type: ignore[misc]
@@ -36,7 +35,6 @@ class ModesFx(lmms):  # type: ignore[misc]
         target: Target skip ratio, one of the plan's; None takes the largest.
         optimize: False leaves the model as it is: the stock baseline.
         region: As for ``modes_fx.optimize``.
-        dispatch: As for ``modes_fx.optimize``.
         dtype: Of the weights; ``"auto"`` takes the one they are stored in.
         device: Where the model goes; None takes the process's GPU, or the CPU without one.
         device_map: Instead of ``device``, as transformers takes it, such as ``"auto"``.
@@ -62,7 +60,6 @@ class ModesFx(lmms):  # type: ignore[misc]
         target: float | None = None,
         optimize: bool = True,
         region: Region = "moe",
-        dispatch: Dispatch = "auto",
         dtype: str = "auto",
         device: str | None = None,
         device_map: Any = None,
@@ -91,7 +88,7 @@ class ModesFx(lmms):  # type: ignore[misc]
             if device_map is None:
                 model.to(device or choose_device())
         if optimize and (plan is not None or target is not None or live_stats(model) is None):
-            optimize_model(model, plan, target=target, region=region, dispatch=dispatch)
+            optimize_model(model, plan, target=target, region=region)
         self.model, self.processor = model, processor
         self.batch_size, self._max_new_tokens = int(batch_size), max_new_tokens
 

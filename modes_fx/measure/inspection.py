@@ -129,14 +129,8 @@ class Inspection(Report):
         return "\n".join([self.headline, *([table] if rows else []), *self.explanations()])
 
     def explanations(self) -> list[str]:
-        """Return a sentence for each reason of a rejection, and the notes."""
-        reasons: dict[tuple[str, str], int] = {}
-        for site in self.rejected:
-            reasons[site.code, site.detail] = reasons.get((site.code, site.detail), 0) + 1
-        return [
-            *(f"{code} ({count} of {self.found}): {detail.rstrip('.')}." for (code, detail), count in reasons.items()),
-            *self.notes,
-        ]
+        """Return a sentence for each reason of a rejection, what to do about it, and the notes."""
+        return [*super().explanations(), *self.notes]
 
 
 HEADINGS = ("site", "family", "T", "K", "E", "H", "I", "dispatch")

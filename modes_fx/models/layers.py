@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from modes_fx.models.convert import Form, convertible
+from modes_fx.models.sharding import expert_parallel
 
 Region = Literal["moe", "layer", "model"]
 """``"moe"``: each MoE block. ``"layer"``: each decoder layer. ``"model"``: each stack of decoder layers."""
@@ -46,8 +47,10 @@ class MoeLayer:
 
     @property
     def num_experts(self) -> int:
-        """E; 0 where the block's form is not converted, so that it is unknown."""
-        return int(getattr(self.experts, "num_experts", 0)) if self.form is None else 0
+        """E, over all processes; 0 where the block's form is not converted, so that it is unknown."""
+        parallel = expert_parallel(self.experts)
+        processes = 1 if parallel is None else int(parallel.ep_mesh.size())
+        return processes * int(getattr(self.experts, "num_experts", 0)) if self.form is None else 0
 
     @property
     def hidden_size(self) -> int:

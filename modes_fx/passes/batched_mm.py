@@ -22,6 +22,7 @@ from torch import fx
 from modes_fx.passes.rowwise import names_rows
 from modes_fx.passes.site import Reject, RoutingSite
 from modes_fx.passes.walk import (
+    SENTINELS,
     argument,
     body_between,
     calls,
@@ -68,7 +69,7 @@ def match(bmm: fx.Node) -> RoutingSite:
     matrices = next(node for node in bmm.all_input_nodes if _gathers_matrices(node))
     expert_ids = input_of(matrices, 1)
     if is_method(expert_ids, "clamp"):
-        raise Reject("EXPERT_PARALLEL", "expert ids hold sentinels of expert parallelism", expert_ids)
+        raise Reject("EXPERT_PARALLEL", SENTINELS, expert_ids)
     repeated = _repeated(bmm, matrices)
     hidden = input_of(repeated)
     num_experts = constant(shape_of(input_of(matrices))[0], matrices)

@@ -25,6 +25,7 @@ from torch import fx
 
 from modes_fx.passes.site import Reject, RoutingSite
 from modes_fx.passes.walk import (
+    SENTINELS,
     body_between,
     calls,
     check_sum,
@@ -64,7 +65,7 @@ def match(histc: fx.Node) -> RoutingSite:
     pair_token = only_user(perm, lambda node: calls(node, operator.floordiv, torch.floor_divide), "no perm // K")
     num_experts, top_k = constant(histc.kwargs.get("bins"), histc), constant(pair_token.args[1], pair_token)
     if any(node.target == "clamp_" for node in sorted_ids.users):
-        raise Reject("EXPERT_PARALLEL", "expert ids hold sentinels of expert parallelism", sorted_ids)
+        raise Reject("EXPERT_PARALLEL", SENTINELS, sorted_ids)
 
     gathered = only_user(pair_token, gathers, "hidden rows are not gathered once")
     hidden = input_of(gathered)

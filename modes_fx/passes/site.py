@@ -6,19 +6,24 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from modes_fx.passes.reasons import explained
+
 
 class Reject(Exception):
     """Raised by a matcher that must leave a candidate alone; the driver records it.
 
     Args:
-        code: Short upper-case name of the reason, stable across releases.
+        code: Short upper-case name of the reason, one of ``reasons.REASONS``.
         detail: One sentence for a person.
         nodes: The graph nodes concerned.
+
+    Raises:
+        ValueError: Nothing explains the code.
     """
 
     def __init__(self, code: str, detail: str, *nodes: fx.Node) -> None:
         super().__init__(f"{code}: {detail}")
-        self.code = code
+        self.code = explained(code)
         self.detail = detail
         self.nodes = tuple(node.name for node in nodes)
 
@@ -81,14 +86,14 @@ class SiteRecord:
         anchor: Name of the anchor node in dynamo's graph.
         source: Dotted path of the experts' first weight as dynamo saw it, or "" where it has none.
         status: ``"rewritten"`` or ``"rejected"``.
-        code: Reason code of a rejection, else "".
+        code: Reason code of a rejection, one of ``reasons.REASONS``; else "".
         detail: A sentence on the reason, else "".
         form: Dispatch form found, ``"grouped_mm"`` or ``"batched_mm"``.
         dispatch: Form put in its place, ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, or 0 when unknown.
         num_experts: E, or 0 when unknown.
-        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are
-            torch's own.
+        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), the last perhaps with
+            ``", and work on all rows between them"``; or why the experts' GEMMs are torch's own.
         layer: Index of the MoE layer, or -1 in a graph that serves many layers.
     """
 
@@ -103,3 +108,7 @@ class SiteRecord:
     num_experts: int = 0
     gemms: str = ""
     layer: int = -1
+
+    def __post_init__(self) -> None:
+        if self.status == "rejected":
+            explained(self.code)

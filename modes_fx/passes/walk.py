@@ -13,6 +13,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from modes_fx.passes import rowwise
 from modes_fx.passes.site import Reject
 
+SENTINELS = "expert ids hold sentinels of expert parallelism: use modes_fx.optimize(), with transformers from 5.21 on"
+
 
 def calls(node: fx.Node, *targets: Any) -> bool:
     """Return whether a node calls one of these functions."""

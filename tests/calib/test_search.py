@@ -75,8 +75,24 @@ def test_no_choice_of_the_grid_meets_a_target_at_less_loss(model: nn.Module, pla
                 if evaluation.skip_ratio >= target:
                     best[target] = min(best[target], evaluation.kl)
     slack = plan.provenance["search"]["largest_violation"]
+    bounds = {row["target"]: row for row in plan.provenance["search"]["lower_bounds"]}
     for target in TARGETS:
-        assert best[target] <= plan.point(target).kl["calibration"] <= best[target] + slack + 1e-9
+        assert best[target] <= bounds[target]["kl"] <= best[target] + slack + 1e-9
+
+
+def test_it_ends_where_it_was_sent_or_as_near_as_the_scores_allow(plan: SkipPlan, trials: list[Trial]) -> None:
+    """A grid of five is coarse: its best points lie up to a quarter of all pairs above their targets."""
+    facts = plan.provenance["search"]
+    assert 0 < facts["refined"] <= (facts["evaluations"] - facts["refined"]) / 3
+    for target in TARGETS:
+        point = plan.point(target)
+        reached = [trial.evaluation for trial in trials if trial.evaluation.skip_ratio >= target]
+        near = [found for found in reached if found.skip_ratio <= target + 0.005]
+        assert point.kl["calibration"] == min(found.kl for found in near or reached)
+        assert point.realised["calibration"] >= target
+    on_grids = [trial.evaluation.skip_ratio for trial in trials[: -facts["refined"]]]
+    nearest = [min(ratio for ratio in on_grids if ratio >= target) for target in TARGETS]
+    assert sum(plan.point(target).realised["calibration"] for target in TARGETS) < sum(nearest)
 
 
 def test_held_out_data_is_measured(plan: SkipPlan, held_out: list[Batch]) -> None:
@@ -104,8 +120,7 @@ def test_the_plan_says_where_it_came_from(plan: SkipPlan, data: list[Batch], tri
 def test_a_finished_search_bounds_its_losses_by_themselves(plan: SkipPlan) -> None:
     assert plan.provenance["search"]["complete"]
     for bound in plan.provenance["search"]["lower_bounds"]:
-        found = plan.point(bound["target"]).kl["calibration"]
-        assert bound["kl"] == bound["lower_bound"] == bound["lower_bound_of_gammas_searched"] == found
+        assert bound["kl"] == bound["lower_bound"] == bound["lower_bound_of_gammas_searched"]
 
 
 @pytest.fixture
@@ -157,7 +172,8 @@ def test_a_time_budget_without_time_is_an_error_that_says_what_to_do(
 def test_progress_ends_where_the_search_does(model: nn.Module, data: list[Batch]) -> None:
     steps: list[tuple[int, int]] = []
     plan = search(model, data[:1], IMPORTANCE, [0.5], gammas=[0.5], grid_size=5, on_progress=lambda *step: steps.append(step))
-    assert [done for done, _ in steps] == list(range(1, plan.provenance["search"]["evaluations"] + 1))
+    assert sorted({done for done, _ in steps}) == list(range(1, plan.provenance["search"]["evaluations"] + 1))
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
     assert all(done <= total for done, total in steps)
     assert steps[-1][0] == steps[-1][1]
 
@@ -182,13 +198,14 @@ def test_the_trials_that_no_other_beats_are_in_the_plan(plan: SkipPlan, trials: 
     )
     losses = [point.kl["calibration"] for point in kept]
     assert losses == sorted(losses)
-    for point in plan.points:
-        assert point.kl["calibration"] in losses
+    for point in plan.points:  # what skips more at less loss may be further from the target than a point that ends near it
+        better = [ratio for ratio, loss in zip(ratios, losses, strict=True) if loss < point.kl["calibration"]]
+        assert point.kl["calibration"] in losses or max(better) > (point.target or 0) + 0.005
 
 
 def test_no_choice_is_evaluated_twice_and_none_outside_the_grid(plan: SkipPlan, trials: list[Trial]) -> None:
     keys = [(trial.gamma, trial.tau_text, trial.tau_vision) for trial in trials]
-    assert len(set(keys)) == len(keys) <= 2 * 5 * 5
+    assert len(set(keys)) == len(keys) <= 2 * 5 * 5 * 4 / 3
     for point in plan.points:
         assert (point.gamma, point.tau_text, point.tau_vision) in keys
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from modes_fx.calib.importance_file import ImportanceFile
-from modes_fx.cli.search import seconds
+from modes_fx.calib.plainest import Worse
+from modes_fx.cli.search import say_worse, seconds
 from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from modes_fx.files import signed_json
@@ -19,7 +20,7 @@ from tests import harness, tiny
 from tests.cli.command import run
 
 SMALL = ("--batch-size", "3", "--samples", "7")
-SEARCH = ("--targets", "0.5", "0.75", "--gammas", "0.5", "--grid-size", "4")
+SEARCH = ("--targets", "0.5", "0.75", "--gammas", "0.5", "--grid-size", "4", "--hold-back", "0")
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,17 @@ def test_search_writes_a_plan_that_meets_its_targets(folder: Path) -> None:
     assert plan.provenance["command"][0] == "modes-fx"
     assert plan.target_range is not None
     assert len(plan.weights) == 8
-    shown = (folder / "search.txt").read_text()
+    shown = " ".join((folder / "search.txt").read_text().split())
     assert f"{plan.point(0.5).kl['calibration']:.2e}" in shown
     assert f"{plan.provenance['search']['evaluations']} evaluations (0 from the journal)" in shown
+
+
+def test_a_target_that_loses_more_than_the_plainest_rule_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    say_worse([Worse(target=0.875, kl=0.13, ratio=0.906, k=1, kl_of_k=0.007)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Target 0.875 is worse than the plainest rule" in said
+    assert "skips 90.6% at a KL of 1.3e-01, where keeping each token's 1 largest weights costs 7.0e-03" in said
+    assert "more --samples or a larger --grid-size" in said
 
 
 @pytest.mark.usefixtures("without_inductor")

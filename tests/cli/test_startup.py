@@ -126,6 +126,31 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_heavy_is_impor
         assert not modules & HEAVY, arguments
 
 
+def test_a_value_that_no_machine_can_take_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    demo, none = str(CHECKPOINT), str(tmp_path / "none")
+    refused: list[tuple[str, ...]] = [
+        ("bench", "--preset", "none"),
+        ("bench", "--parts", "block", "none"),
+        ("bench", "--tokens", "0"),
+        ("bench", "--skip", "1"),
+        ("bench", "--threads", "0"),
+        ("bench", "--skew", "none"),
+        ("bench", "--parts", "layers", "--plot", str(tmp_path / "plot.svg")),
+        ("search", demo, "--data", demo, "--held-out", none),
+        ("compare", demo, "--data", demo, "--test-data", demo, "--importance-mode", "none"),
+    ]
+    misspelled: list[tuple[str, ...]] = [
+        ("bench", "--rounds", "0"),
+        ("search", demo, "--data", demo, "--targets", "0.5", "1.5"),
+        ("search", demo, "--data", demo, "--gammas", "inf"),
+        ("search", demo, "--data", demo, "--time-budget", "soon"),
+        ("compare", demo, "--data", demo, "--test-data", demo, "--targets", "2"),
+    ]
+    for arguments, code, modules in outcomes(refused + misspelled):
+        assert code == (1 if tuple(arguments) in refused else 2), arguments
+        assert not modules & HEAVY, arguments
+
+
 def test_the_module_starts_as_the_script_does() -> None:
     done = python("-X", "importtime", "-m", "modes_fx", "--help")
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}

@@ -37,6 +37,14 @@ def test_samples_are_a_sequence(tmp_path: Path) -> None:
     assert isinstance(samples[-1], Sample)
 
 
+def test_some_samples_can_be_held_back_evenly(tmp_path: Path) -> None:
+    samples = load_samples(numbered(tmp_path, 11))
+    kept, held = samples.held_back(0.2)
+    assert [sample.answer for sample in held] == ["4", "9"]
+    assert [sample.answer for sample in kept] == ["0", "1", "2", "3", "5", "6", "7", "8", "10"]
+    assert held.report is kept.report is samples.report
+
+
 def rows_with_faults(folder: Path) -> list[dict[str, Any]]:
     """Of ten samples four cannot be used."""
     for number in range(8):

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModel
 
 from modes_fx.errors import ModesFxError
-from modes_fx.measure import bench
 from modes_fx.measure.bench import machine, output, parts, peer
 from modes_fx.measure.bench.machine import Limits, Machine
 from modes_fx.measure.bench.measure import Row
 from modes_fx.measure.bench.models import Routing, block_of, build, draw, popularity, route
+from modes_fx.measure.bench.options import Options
 from modes_fx.measure.bench.presets import PRESETS, config_of
 from modes_fx.measure.bench.settings import DEFAULT, Twins, thresholds
 from modes_fx.measure.compare import speed
@@ -88,7 +88,7 @@ def check_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def test_overhead_lies_between_two_clocks_of_compiled_code() -> None:
-    found = bench.run(bench.Options(preset="tiny", parts=("overhead",), threads=(1,), layers=1, cache=2, rounds=1))
+    found = parts.run(Options(preset="tiny", parts=("overhead",), threads=(1,), layers=1, cache=2, rounds=1))
     assert [each.region for each in found.overhead] == ["moe", "model"]
     for overhead in found.overhead:
         assert 0 < overhead.regions_us < overhead.step_us
@@ -139,7 +139,7 @@ def test_a_peer_of_another_release_is_left_out_by_name(stack: Any, monkeypatch: 
 
 @torch.inference_mode()
 def test_a_static_cache_stays_where_it_is_and_is_put_back_as_it_was() -> None:
-    given = parts._Run(bench.Options(preset="tiny", layers=1, cache=4), lambda *_: None, lambda _: None)
+    given = parts._Run(Options(preset="tiny", layers=1, cache=4), lambda *_: None, lambda _: None)
     static, copied = given._static_arguments(), given._decode_arguments()
     outs, places = [], set()
     for _ in range(2):
@@ -193,7 +193,7 @@ def row(tokens: int, ms: float, skipped: float = 0.0) -> Row:
 
 def test_growth_tells_a_rise_of_the_time_per_kept_pair() -> None:
     rows = [row(1, 2.0, 0.5), row(8, 8.0, 0.5), row(64, 80.0, 0.5), row(512, 1.0, 1.0)]
-    found = output.growth(rows, bench.Options(preset="tiny"))
+    found = output.growth(rows, Options(preset="tiny"))
     assert [(us, rises) for _, us, rises in found] == [(2000.0, False), (1000.0, False), (1250.0, True), (math.inf, True)]
 
 
@@ -211,11 +211,11 @@ def test_options_that_cannot_be_measured_are_refused() -> None:
         ({"tokens": (0,)}, "1 or more"),
     ):
         with pytest.raises(ModesFxError, match=message):
-            bench.run(bench.Options(**options))
+            Options(**options)
     with pytest.raises(ModesFxError, match="shows the parts block and growth"):
         run("bench", "--preset", "tiny", "--parts", "layers", "--plot", "plot.svg")
     with pytest.raises(ModesFxError, match="1 or more"):
-        bench.Options(threads=())
+        Options(threads=(0,))
     with pytest.raises(ModesFxError, match="Unknown skew"):
         run("bench", "--preset", "tiny", "--skew", "steep")
 
@@ -224,5 +224,5 @@ def test_the_number_of_threads_is_put_back_when_a_run_fails(monkeypatch: pytest.
     before = torch.get_num_threads()
     monkeypatch.setattr(parts, "measure_machine", lambda device: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        bench.run(bench.Options(preset="tiny", threads=(before + 1,)))
+        parts.run(Options(preset="tiny", threads=(before + 1,)))
     assert torch.get_num_threads() == before

@@ -7,7 +7,8 @@ import torch
 
 from modes_fx.errors import DeviceError
 from modes_fx.files import importance_fields
-from modes_fx.measure import bench
+from modes_fx.measure.bench import parts
+from modes_fx.measure.bench.options import Options
 from modes_fx.measure.timing import now
 from modes_fx.models.device import choose_device, cpu_name, describe_device, device_name
 from tests.cli.command import run
@@ -76,7 +77,7 @@ def test_every_command_refuses_it_before_any_work(command: str, tmp_path: Path, 
 
 def test_a_benchmark_says_what_is_not_there() -> None:
     with pytest.raises(DeviceError, match="no device 'gpu'"):
-        bench.Options(device="gpu")
+        parts.run(Options(device="gpu"))
 
 
 @pytest.mark.usefixtures("measured")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from modes_fx.measure.bench.options import Skew
 from modes_fx.measure.bench.presets import config_of
 from modes_fx.models.layers import find_moe_layers
-
-Skew = Literal["uniform", "zipf"]
 
 _CONSTANT = 4.0  # of an input's first element, where routing is skewed: in standard deviations of the others
 _SAMPLE = 4096

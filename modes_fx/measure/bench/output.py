@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from modes_fx import __version__
-from modes_fx.errors import ModesFxError
 from modes_fx.measure.bench.measure import Row
-from modes_fx.measure.bench.parts import Bench, Options
+from modes_fx.measure.bench.options import Options
+from modes_fx.measure.bench.parts import Bench
 from modes_fx.measure.bench.presets import config_of
 from modes_fx.models.device import cpu_name
 
@@ -130,18 +129,6 @@ def notes(bench: Bench, options: Options) -> Iterator[str]:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
-
-
-def check_plot(options: Options) -> None:
-    """See that what is to be measured can be drawn.
-
-    Raises:
-        ModesFxError: Matplotlib is not installed, or there will be nothing to draw.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ModesFxError("Plots need matplotlib: pip install 'modes-fx[viz]'.")
-    if not {"block", "growth"} & set(options.parts):
-        raise ModesFxError("A plot shows the parts block and growth, and neither is to be measured. Add one to --parts.")
 
 
 def plot(bench: Bench, options: Options) -> bytes:

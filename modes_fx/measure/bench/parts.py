@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
-from modes_fx.errors import ModesFxError
 from modes_fx.measure.bench import overhead
 from modes_fx.measure.bench.machine import Limit, Limits, Machine
 from modes_fx.measure.bench.machine import measure as measure_machine
 from modes_fx.measure.bench.measure import Row, Work, phase_of, time_work
-from modes_fx.measure.bench.models import Skew, block_of, build, draw, popularity, route
+from modes_fx.measure.bench.models import block_of, build, draw, popularity, route
+from modes_fx.measure.bench.options import Options
 from modes_fx.measure.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, ONE_GRAPH_SETTINGS, Contender, Twins, thresholds
 from modes_fx.models.device import choose_device
 from modes_fx.models.layers import Region, find_moe_layers
 
-PARTS = ("block", "layers", "growth", "overhead")
 GROWTH_SKIPS = (0.0, 0.5, 0.75, 0.88, 0.95)
 
 _VISUAL = 0.75  # of a prompt's tokens
@@ -31,52 +30,6 @@ _CALIBRATION = 4096  # tokens that thresholds are taken from
 _OTHERS = 10_000  # seeds of inputs that are not timed
 _ROOM = 64  # tokens of a static cache that the prompt leaves free
 _FLUSH_BYTES = 256 * 2**20
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to measure.
-
-    Attributes:
-        preset: Shape of the layers, one of ``presets.PRESETS``.
-        parts: Which of ``PARTS``.
-        tokens: Token counts of the block.
-        skips: Skip ratios of the block.
-        threads: Numbers of threads of the block; all else runs on the last of them.
-        layers: Decoder layers.
-        prompt: Tokens of the layers' prefill.
-        cache: Tokens in the cache of a decode step.
-        growth_to: Most tokens of the growth.
-        skew: How unevenly routers choose.
-        rounds: Timed rounds; decode steps are timed three times as often.
-        limit_s: Seconds after which a token count gets no further round, once it has had three.
-        device: Where; see ``device.choose_device``.
-    """
-
-    preset: str = "qwen3-vl-30b-a3b"
-    parts: Sequence[str] = ("block",)
-    tokens: Sequence[int] = (1, 64, 512)
-    skips: Sequence[float] = (0.0, 0.5, 0.88)
-    threads: Sequence[int] = field(default_factory=lambda: (torch.get_num_threads(),))
-    layers: int = 2
-    prompt: int = 2048
-    cache: int = 1024
-    growth_to: int = 8192
-    skew: Skew = "uniform"
-    rounds: int = 7
-    limit_s: float = 40.0
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.parts) - set(PARTS):
-            raise ModesFxError(f"Unknown part {sorted(unknown)[0]!r} of the benchmark; known: {', '.join(PARTS)}.")
-        if self.skew not in get_args(Skew):
-            raise ModesFxError(f"Unknown skew {self.skew!r}; known: {', '.join(get_args(Skew))}.")
-        if any(not 0 <= skip < 1 for skip in self.skips):
-            raise ModesFxError(f"Skip ratios are in [0, 1), got {', '.join(map(str, self.skips))}.")
-        if not self.threads or any(count < 1 for count in (*self.tokens, *self.threads, self.rounds)):
-            raise ModesFxError("Numbers of tokens, threads and rounds are 1 or more.")
-        choose_device(self.device)
 
 
 @dataclass
@@ -136,7 +89,7 @@ class _Run:
         self.block_sample = sample
 
     def all(self) -> Bench:
-        for threads in self.options.threads:
+        for threads in self.options.threads or (torch.get_num_threads(),):
             torch.set_num_threads(threads)
             machine = measure_machine(self.device)
             self.found.machines.append(machine)

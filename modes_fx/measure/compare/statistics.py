@@ -30,8 +30,8 @@ class RoutingStatistics:
         tail_share: Median, over tokens and ranks 2 to K, of the share of a token's weight from that rank on (NAEE's beta in the
             top-k form); 1 where K = 1.
         ratio_to_first: Median, over the same, of weight / the token's largest weight (NAEE's beta as published).
-        similarity: [E][E] a layer, the similarity of two experts over the layer's mean, 1 on the diagonal (DiEP); () if it was
-            not asked for.
+        similarity: E rows of E numbers a layer, the similarity of two experts over the layer's mean, 1 on the diagonal (DiEP);
+            () if it was not asked for.
     """
 
     tail_share: tuple[float, ...]
