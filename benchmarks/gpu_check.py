@@ -3,13 +3,16 @@
     python -m benchmarks.gpu_check [--parts block decode] [--limit 60] [--json FILE]
     python -m benchmarks.gpu_check --tiny    # the same code on a CPU, with toy shapes: its ratios mean nothing
 
-For a machine that one has once: eight minutes at most on an H100, from a checkout whose `dev` extra is installed. Each part is
-a process of its own with so many seconds: one that fails, crashes or is stopped leaves its lines of the table open and the
-others alone, and the file is written after each. A ratio is the median over rounds of time / time of the fastest stock setting
-in the same rounds. Weights are random. *Graph*: the replay of a captured CUDA graph alone. ``gpu_parts`` says how.
+For a machine that one has once: eleven minutes at most on an H100, eight without the parts `sizes` and `calibration`, from a
+checkout whose `dev` extra is installed. Each part is a process of its own with so many seconds: one that fails, crashes or is
+stopped leaves its lines of the table open and the others alone, and the file is written after each. A ratio is the median over
+rounds of time / time of the fastest stock setting in the same rounds; lines without a goal say what to set in
+``kernels/cuda/sizes.py``, the demo's are in seconds. Weights are random. *Graph*: the replay of a captured CUDA graph.
+``gpu_parts`` says how.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -25,17 +28,20 @@ import transformers
 from tabulate import tabulate
 
 import modes_fx
-from benchmarks.gpu_parts import DECODE, OURS, PARTS, PREFILL, TINY, Shapes, Timed
+from benchmarks.gpu_parts import DECODE, FEW, JOBS, OURS, PARTS, PREFILL, TINY, TUNED, Shapes, Timed, few_pairs
 from modes_fx.cli.terminal import be_quiet
 from modes_fx.errors import DeviceError, in_a_line
 from modes_fx.files import strict_json
 from modes_fx.files.writing import write_atomically
+from modes_fx.kernels.cuda.sizes import PAIRS_AN_EXPERT
 from modes_fx.measure.bench.measure import median_ratio
 from modes_fx.models.device import choose_device, describe_device
 
 ROOT = Path(__file__).parent.parent
-LIMITS = {"tests": 100, "generate": 140, "block": 70, "decode": 110, "prefill": 60}  # seconds of each part
-GOALS: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] = {  # skipped, and the ratios to stay below
+LIMITS = {"tests": 100, "generate": 140, "block": 70, "decode": 110, "prefill": 60, "sizes": 90, "calibration": 90}  # seconds
+SECONDS = {"calibrate": 5.0, "search": 10.0}
+Goals = tuple[Sequence[float | None], Sequence[float | None]]
+GOALS: Mapping[str, Mapping[str, Goals]] = {  # skipped, and the ratios to stay below, or None
     "generate": {
         "8 layers, generate, static cache, decode": (DECODE, (1.0, 0.85, 0.82)),
         "8 layers, generate, dynamic cache, decode": (DECODE, (1.0, 1.0, 1.0)),
@@ -46,6 +52,8 @@ GOALS: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]] = {  
         "48 layers, decode, batch 16, graph": (DECODE, (0.8, 0.6, 0.4)),
     },
     "prefill": {"48 layers, prefill 8192": (PREFILL, (0.7, 0.52, 0.46))},
+    "sizes": dict.fromkeys((*map(few_pairs, FEW), TUNED), ((0.5,), (None,))),
+    "calibration": {what.format(job): ((None,), (goal,)) for what in JOBS for job, goal in SECONDS.items()},
 }
 
 
@@ -83,7 +91,14 @@ def judged(line: Line, found: Timed) -> Line:
         return replace(line, note=note)
     medians = {name: statistics.median(column) for name, column in stock.items()}
     ratio = median_ratio(times[mine], stock[min(medians, key=lambda name: medians[name])])
-    return replace(line, ratio=ratio, met=ratio <= line.goal, ms=statistics.median(times[mine]), stock_ms=medians, note=note)
+    return replace(
+        line,
+        ratio=ratio,
+        met=line.goal is None or ratio <= line.goal,
+        ms=statistics.median(times[mine]),
+        stock_ms=medians,
+        note=note,
+    )
 
 
 def measure(part: str, shapes: Shapes, device: torch.device, file: Path) -> None:
@@ -139,6 +154,21 @@ def table(lines: Sequence[Line]) -> str:
     return tabulate(cells, headers=("what", "skipped", "ratio", "goal", "met"), disable_numparse=True)
 
 
+def switch(lines: Sequence[Line]) -> str:
+    """Say up to how many pairs an expert they are computed one by one as fast as sorted, as ``sizes.PAIRS_AN_EXPERT`` wants it.
+
+    Of Qwen3-VL-30B-A3B: 8 of 128 experts a token.
+    """
+    ratios = {tokens: line.ratio for tokens in FEW for line in lines if line.what == few_pairs(tokens)}
+    known = [(tokens, ratio) for tokens, ratio in ratios.items() if ratio is not None]
+    if not known:
+        return ""
+    pays = list(itertools.takewhile(lambda item: item[1] <= 1, known))
+    found = f"up to {pays[-1][0]} tokens: PAIRS_AN_EXPERT = {pays[-1][0] * 8 / 128:g}" if pays else "never: PAIRS_AN_EXPERT = 0"
+    measured = "" if len(pays) < len(known) else ", or more"
+    return f"Pairs one by one pay {found}{measured} in modes_fx/kernels/cuda/sizes.py, which has {PAIRS_AN_EXPERT:g}."
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write and print; ends with 1 where a goal is missed, or with toy shapes where a line has no ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -163,6 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = [line for some in lines.values() for line in some]
     print(f"{describe_device(device)}, {', '.join(f'{name} {version}' for name, version in versions.items())}")
     print(table(found))
+    print(switch(found))
     sys.exit(not all(line.met or (options.tiny and line.ratio is not None) for line in found))
 
 

@@ -2,28 +2,39 @@
 
 import copy
 import functools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from modes_fx.calib import layer_importance, search
+from modes_fx.demo import load, make_batches
 from modes_fx.errors import ModesFxError, in_a_line
+from modes_fx.kernels.cuda import sizes
 from modes_fx.measure.bench.models import block_of, build, draw, route
 from modes_fx.measure.bench.presets import config_of
-from modes_fx.measure.bench.settings import DEFAULT, Contender, Twins, thresholds
-from modes_fx.measure.compare.speed import RECOMPILE_LIMIT, Setting
+from modes_fx.measure.bench.settings import DEFAULT, Contender, Kind, Twins, thresholds
+from modes_fx.measure.compare.speed import RECOMPILE_LIMIT, Setting, stock_twin
 from modes_fx.measure.timing import in_turn, now
 from modes_fx.modality import token_modality
+from modes_fx.optimize import optimize
+from modes_fx.plan import SkipPlan
 
 DECODE, PREFILL = (0.0, 0.5, 0.88), (0.0, 0.75, 0.88)  # skipped
 OURS = "modes-fx"
+TUNED, FEW = "block, 8192 tokens, max-autotune / the table's sizes", (4, 8, 16, 32, 64)  # tokens
+JOBS = {"demo, {}, seconds": {}, "demo, {}, layers in CUDA graphs, seconds": {"region": "layer", "mode": "reduce-overhead"}}
+"""How the demo is calibrated and searched: settings of ``optimize``."""
 ROUNDS = 7
 COMPILED, BATCHED, BATCHED_COMPILED = Setting("grouped_mm", "moe"), Setting("batched_mm"), Setting("batched_mm", "moe")
 
-Key = tuple[str, float]
+Key = tuple[str, float | None]
 Ready = Callable[[Contender], Callable[[], float]]
 Timed = tuple[dict[Key, list[float]], dict[Key, str]]
 """Milliseconds of each contender by name and skip ratio, a value a round, and why others do not run."""
@@ -42,11 +53,13 @@ class Shapes:
     context: int = 1024
     memory_gb: int = 64  # of the deep stack; its weights take 60
     flush_mb: int = 256  # read before each call, to drive weights out of caches
+    images: int = 12  # of the demo's calibration, and the grid of its search: as `modes-fx demo` has them
+    grid: int = 14
 
 
 TINY = Shapes("tiny", 2, {"num_hidden_layers": 2, "vocab_size": 256, "hidden_size": 64, "moe_intermediate_size": 32,
     "num_experts": 8, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    prompt=32, new_tokens=5, tokens=64, context=16, memory_gb=0, flush_mb=1)  # fmt: skip
+    prompt=32, new_tokens=5, tokens=64, context=16, memory_gb=0, flush_mb=1, images=1, grid=3)  # fmt: skip
 
 
 def generate(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
@@ -118,7 +131,62 @@ def prefill(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]
         yield "48 layers, prefill 8192", timed(contenders, call)
 
 
-PARTS = {"generate": generate, "block": block, "decode": decode, "prefill": prefill}
+def few_pairs(tokens: int) -> str:
+    """Return the line of a block that computes pairs one by one, against one that sorts them by expert."""
+    return f"block, {tokens} tokens, pair by pair / sorted"
+
+
+def program_sizes(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
+    """One MoE block, half skipped: with pairs one by one against sorted, and with sizes that are tried against the table's."""
+    block = block_of(build(shapes.preset, 1, device=device))
+    taus = taus_of(block, {"inputs_embeds": drawn(4096, block, device)}, (0.5,))[0.5]
+    plan = SkipPlan.uniform(text=taus[0], vision=taus[1])
+
+    def contender(name: str, kind: Kind, mode: str | None = None) -> Contender:
+        return Contender(name, kind, optimize(stock_twin(block, DEFAULT), plan, mode=mode), 0.5, taus)
+
+    def against(tokens: int, mine: Contender, other: Contender, pairs: bool) -> Timed:
+        x = drawn(tokens, block, device)
+        call = caller(lambda model: model(x), shapes, device, graph=pairs)
+
+        def ready(each: Contender) -> Callable[[], float]:
+            most = (math.inf if each is mine else 0.0) if pairs else sizes.PAIRS_AN_EXPERT
+            with patch.object(sizes, "PAIRS_AN_EXPERT", most):  # while it is compiled
+                return call(each)
+
+        with token_modality(torch.zeros(1, tokens, dtype=torch.int64, device=device)):
+            return timed([mine, other], ready)
+
+    for tokens in FEW:
+        yield few_pairs(tokens), against(tokens, contender(OURS, "ours"), contender("sorted", "stock"), pairs=True)
+    tuned = contender(OURS, "ours", "max-autotune-no-cudagraphs")
+    yield TUNED, against(shapes.tokens, tuned, contender("the table's", "stock"), pairs=False)
+
+
+def calibration(shapes: Shapes, device: torch.device) -> Iterator[tuple[str, Timed]]:
+    """Calibrate and search the demo, compilation included, against a second."""
+    for what, settings in JOBS.items():
+        model, processor = load()
+        optimize(model.to(device), **settings)
+        batches = make_batches("calibration", shapes.images, processor)
+        importance: Any = None
+        for job in ("calibrate", "search"):
+            began = time.monotonic()
+            try:
+                if job == "calibrate":
+                    importance = layer_importance(model, batches)
+                else:
+                    search(model, batches, importance, grid_size=shapes.grid)
+            except Exception as error:  # whatever a compiler or a GPU raises: the other settings go on
+                yield what.format(job), ({}, {(OURS, None): in_a_line(error)})
+                continue
+            yield what.format(job), ({(OURS, None): [1e3 * (time.monotonic() - began)], ("a second", 0.0): [1e3]}, {})
+
+
+PARTS = {
+    "generate": generate, "block": block, "decode": decode, "prefill": prefill, "sizes": program_sizes,
+    "calibration": calibration,
+}  # fmt: skip
 
 
 def deep_stack(shapes: Shapes, device: torch.device, skips: Sequence[float]) -> tuple[Any, Any]:

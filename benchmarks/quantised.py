@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 import modes_fx
 from modes_fx.calib import layer_importance, search
-from modes_fx.calib.objective import Answers, divergence
+from modes_fx.calib.objective import Answers, divergence_of_rows
 from modes_fx.demo import collate, load, make_batches, make_samples
 from modes_fx.files.writing import write_atomically
 from modes_fx.measure.demo.run import TARGETS
@@ -64,7 +64,7 @@ def seconds(model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> float:
 def answers(model: nn.Module, test: list[dict[str, Any]], reference: list[Tensor]) -> tuple[float, float]:
     """Return the share of right answers and the divergence from the reference, in nats."""
     given = [Answers(model)(batch) for batch in test]
-    kl = sum(divergence(wanted, logits) for wanted, (logits, _) in zip(reference, given, strict=True))
+    kl = sum(float(divergence_of_rows(wanted, logits).sum()) for wanted, (logits, _) in zip(reference, given, strict=True))
     right = torch.cat([correct for _, correct in given])
     return float(right.double().mean()), kl / sum(map(len, reference))
 

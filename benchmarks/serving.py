@@ -45,12 +45,11 @@ def start(folder: Path, plan: SkipPlan | None, options: argparse.Namespace) -> A
 
     dummy_loader.initialize_dummy_weights = fill  # vLLM's own route all tokens alike
     settings = {} if plan is None else {"modes_fx": {"plan": str(plan.save(folder / f"{id(plan)}.json"))}}
-    llm = LLM(
+    return LLM(
         model=str(folder), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=not options.compile,
         max_model_len=options.prefill + options.decode + 64, max_num_batched_tokens=options.prefill + 64, max_num_seqs=4,
         kv_cache_memory_bytes=1 << 27, enable_prefix_caching=False, additional_config=settings, disable_log_stats=True,
     )  # fmt: skip
-    return llm
 
 
 def fill(model: torch.nn.Module, *_: Any) -> None:

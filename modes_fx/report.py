@@ -35,8 +35,8 @@ class SiteReport:
         dispatch: ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, experts a token.
         num_experts: E, experts of the layer.
-        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are
-            torch's own.
+        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), the last perhaps with
+            ``", and work on all rows between them"``; or why the experts' GEMMs are torch's own.
     """
 
     name: str

@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import logging
 import os
 import shutil
@@ -10,6 +11,7 @@ if shutil.which("nvidia-smi") is None:
 
 import pytest
 import torch
+import torch._dynamo.guards
 import torch._inductor.config
 from hypothesis import settings
 from torch import nn
@@ -23,6 +25,13 @@ torch.set_num_threads(1)
 # pytest listens to loggers that do not propagate, and torch writes a trace of every graph as soon as someone listens
 logging.getLogger("torch.__trace").propagate = True
 torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to start than the tiny kernels to compile
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # a time for the log, measured by emptying the processor's caches
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of Python's searches for garbage: they would take a tenth of the time of all tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import transformers.integrations.moe  # noqa: F401 - registers the float32 GEMM
+from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
+from torch._inductor.compile_fx import compile_fx
 
 from modes_fx.attach import optimized
 from modes_fx.graph import marker
@@ -91,6 +93,15 @@ class GemmLog:
 def uncompiled(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
     """A ``compile_graph`` that runs the rewritten graph as it is."""
     return module.forward
+
+
+def ungenerated(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend that is Inductor up to where it generates code: its hook, its passes before AOTAutograd, and AOTAutograd."""
+
+    def as_it_is(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    return compile_fx(module, inputs, inner_compile=as_it_is)  # type: ignore[return-value]
 
 
 @dataclass

@@ -148,21 +148,14 @@ def test_every_make_target_that_is_named_exists(page: Path) -> None:
 @of_every_page
 def test_every_command_and_option_that_is_named_exists(page: Path) -> None:
     commands: Any = typer.main.get_command(app)
-    for name, rest in re.findall(
-        r"(?:`|^ *|\$ )modes-fx ([a-z][\w-]*)((?:[^`\n#]|\\\n)*)",
-        _without_prose(page.read_text(encoding="utf-8")),
-        re.MULTILINE,
-    ):
+    text = page.read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"^```.*?^```|^ {4}[^\n]*|`[^`]+`", text, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    for name, rest in re.findall(r"\bmodes-fx ([a-z][\w-]*)([^`\n#]*)", code):
         command = commands.commands[name]
         if hasattr(command, "commands"):
             command = command.commands[rest.split()[0]]
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert set(re.findall(r"--[\w-]+", rest)) <= {*known, "--help"}, f"modes-fx {name} {rest}"
-
-
-def _without_prose(text: str) -> str:
-    """Return a page's code: what is fenced, what is indented, and what stands between backticks."""
-    return "\n".join(found[0] for found in re.finditer(r"^```.*?^```|^ {4}.*?$|`[^`\n]+`", text, re.DOTALL | re.MULTILINE))
 
 
 @of_every_page

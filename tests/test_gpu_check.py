@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu_parts import OURS, TINY, Timed
+from benchmarks.gpu_parts import OURS, TINY, Timed, few_pairs
 
 ALL = [line.what for part in gpu_check.LIMITS for line in gpu_check.open_lines(part)]
 
@@ -52,7 +52,7 @@ def test_every_line_is_in_table_and_file_whatever_happens_to_its_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(subprocess, "run", ended)
-    monkeypatch.setattr(gpu_check, "PARTS", {"generate": generate, "block": block})
+    monkeypatch.setattr(gpu_check, "PARTS", {"generate": generate, "block": block, "sizes": sizes, "calibration": calibration})
     monkeypatch.setattr(gpu_check, "be_quiet", lambda: None)
     with pytest.raises(SystemExit) as end:
         gpu_check.main(["--tiny", "--json", str(tmp_path / "check.json")])
@@ -74,6 +74,33 @@ def test_every_line_is_in_table_and_file_whatever_happens_to_its_part(
     shown = capsys.readouterr().out
     assert all(what in shown for what in ALL)
     assert "no: RuntimeError: out of memory" in shown
+
+
+def sizes(*_: Any) -> Iterator[tuple[str, Timed]]:
+    for tokens, ms in ((4, 1.0), (8, 2.0), (16, 3.0), (32, 5.0), (64, 3.0)):
+        yield few_pairs(tokens), ({(OURS, 0.5): [ms], ("sorted", 0.5): [4.0]}, {})
+
+
+def calibration(*_: Any) -> Iterator[tuple[str, Timed]]:
+    yield "demo, calibrate, seconds", ({(OURS, None): [4000.0], ("a second", 0.0): [1000.0]}, {})
+    yield "demo, search, seconds", ({(OURS, None): [12000.0], ("a second", 0.0): [1000.0]}, {})
+    yield "demo, search, layers in CUDA graphs, seconds", ({}, {(OURS, None): "RuntimeError: no graph"})
+
+
+def test_what_to_set_and_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(subprocess, "run", ended)
+    monkeypatch.setattr(gpu_check, "PARTS", {"sizes": sizes, "calibration": calibration})
+    monkeypatch.setattr(gpu_check, "be_quiet", lambda: None)
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--tiny", "--parts", "sizes", "calibration", "--json", str(tmp_path / "check.json")])
+    lines = {line["what"]: line for line in json.loads((tmp_path / "check.json").read_text())["lines"]}
+    assert [lines[few_pairs(tokens)]["ratio"] for tokens in (4, 32)] == [0.25, 1.25]
+    seconds = [
+        (lines[f"demo, {job}, seconds"]["ratio"], lines[f"demo, {job}, seconds"]["met"]) for job in ("calibrate", "search")
+    ]
+    assert seconds == [(4.0, True), (12.0, False)]
+    assert "no graph" in lines["demo, search, layers in CUDA graphs, seconds"]["note"]
+    assert "up to 16 tokens: PAIRS_AN_EXPERT = 1 in" in capsys.readouterr().out
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

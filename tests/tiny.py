@@ -217,6 +217,14 @@ def make(family: str = "qwen3_vl_moe", dtype: torch.dtype = torch.float32, layer
     return copy.deepcopy(_prototype(family, layers)).to(dtype)
 
 
+def one_layer() -> nn.Module:
+    """Return ``qwen3_moe`` with its first layer alone, where the code of two would show no more and take twice the time."""
+    model = make("qwen3_moe")
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+    return model
+
+
 def image_row(before: int, images: int, after: int, generator: torch.Generator) -> list[int]:
     """Return token ids with ``images`` images of 4 tokens each."""
     text = torch.randint(2, IMAGE, (before + after,), generator=generator).tolist()

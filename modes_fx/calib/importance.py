@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.estimate import estimate
-from modes_fx.calib.objective import Answers, checked, divergence, optimized
+from modes_fx.calib.objective import Answers, checked, divergence_of_rows, optimized
 from modes_fx.calib.resume import Tape, mistrust
+from modes_fx.calib.shapes import in_few_shapes
 from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError
 from modes_fx.files.importance_fields import Method, Mode
@@ -99,7 +100,7 @@ def layer_importance(
             raise CalibrationError(f"Unknown {name} {value!r}; known: {', '.join(known)}.")
     started, columns = time.monotonic(), _COLUMNS[mode]
     with optimized(model):
-        data = checked(batches)
+        data = in_few_shapes(checked(batches)) if Answers(model).runs_ahead else checked(batches)
         logger.info("importance of each layer, on %d batches, %s", len(data), method)
         if method == "estimate":
             kl, tokens, forwards = estimate(model, data, columns, on_step=on_step)
@@ -120,6 +121,7 @@ def _measure(
     answers, tokens, reason = Answers(model), 0, ""
     with Tape(model, blank=method == "naive") as tape:
         kl = torch.zeros(tape.num_layers, len(MODALITIES), dtype=torch.float64)
+        losses: list[tuple[int, list[int], Tensor]] = []
         steps = [(layer, list(column)) for layer in range(tape.num_layers) for column in columns]
         for index, batch in enumerate(data):
             with tape.recording():
@@ -132,9 +134,13 @@ def _measure(
             for done, (layer, column) in enumerate(steps, start=1 + index * len(steps)):
                 if tape.concerns(layer, column):
                     with tape.resumed(layer, column):
-                        kl[layer, column] += divergence(reference, answers(batch)[0])
+                        losses.append(
+                            (layer, column, divergence_of_rows(reference, answers(batch)[0]).sum(dtype=torch.float64))
+                        )
                 if on_step is not None:
                     on_step(done, len(data) * len(steps))
+        for layer, column, loss in losses:  # read when all is on its way
+            kl[layer, column] += float(loss)
         forwards = tape.regions_run / max(tape.num_regions * len(data), 1)
     if not data and method == "resumed":
         reason = _agreed("")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.routing import RoutingRecorder
+from modes_fx.calib.shapes import in_few_shapes
 from modes_fx.data.batch import IGNORED, Batch
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.graph.runtime import Runtime
@@ -54,9 +55,19 @@ class Answers:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._device = _input_device(model)
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether Python runs ahead of the device, so that shapes are better few and what it returns is better not read."""
+        return self._device.type != "cpu"
+
     def __call__(self, batch: Batch, *, grad: bool = False) -> tuple[Tensor, Tensor]:
-        """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer."""
-        labels = batch["labels"]
+        """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer; where the logits are.
+
+        Nothing that the device computes is read here.
+        """
+        labels = batch["labels"].cpu()
+        if self._device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()  # of all graphs of a forward, not of each
         inputs = {key: value for key, value in _to_device(batch, self._device).items() if key != "labels"}
         first = int((labels != IGNORED).any(dim=0).nonzero()[0])
         keep = labels.shape[1] - max(first - 1, 0)
@@ -64,10 +75,15 @@ class Answers:
             inputs["logits_to_keep"] = keep
         with torch.set_grad_enabled(grad):
             logits = self._model(**inputs, use_cache=False).logits[:, -keep:-1]
-            labels = labels[:, -keep:][:, 1:].to(logits.device)
-            at = labels != IGNORED
-            correct = ((logits.argmax(dim=-1) == labels) | ~at).all(dim=1)
-            return logits[at], correct.cpu()
+            return _at_answers(logits, labels[:, -keep:][:, 1:])
+
+
+def _at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logits [n, V] of [B, S, V] at the answer tokens, and bool [B]; ``labels`` [B, S] are on the CPU."""
+    at = labels != IGNORED
+    samples, tokens = (index.to(logits.device) for index in at.nonzero(as_tuple=True))
+    right = (logits.argmax(dim=-1) == labels.to(logits.device)) | ~at.to(logits.device)
+    return logits[samples, tokens], right.all(dim=1)
 
 
 def checked(batches: Iterable[Batch]) -> list[Batch]:
@@ -112,7 +128,7 @@ class Objective:
         self._answers = Answers(model)
         self.layers = tuple(layer.name for layer in self._runtime.layers)
         self.num_layers = len(self.layers)
-        self._batches = checked(batches)
+        self._batches = in_few_shapes(checked(batches)) if self._answers.runs_ahead else checked(batches)
         self._reference: list[Tensor] = []  # logits [answer tokens, V] of each batch, on the CPU
         samples, right = 0, 0
         logger.info("the unskipped model answers %d batches", len(self._batches))
@@ -137,22 +153,24 @@ class Objective:
         """
         stats = self._runtime.stats
         routed, kept = stats.pairs_routed, stats.pairs_kept
-        kl, right = 0.0, 0
+        kl: list[Tensor] = []
+        right: list[Tensor] = []
         with bounds_in_force(self._runtime, bounds), stats.counting():
             for batch, reference in zip(self._batches, self._reference, strict=True):
                 logits, correct = self._answers(batch)
-                kl += divergence(reference.to(logits.device), logits)
-                right += int(correct.sum())
+                kl.append(divergence_of_rows(reference.to(logits.device), logits).sum(dtype=torch.float64))
+                right.append(correct.sum())
         # One sum over processes: counts below 2**53 are exact in float64.
         counted = torch.stack([stats.pairs_routed - routed, stats.pairs_kept - kept]).sum(dim=(1, 3))
-        sums = processes.total(torch.tensor([kl, right, *counted.flatten().tolist()], dtype=torch.float64)).tolist()
-        (kl, right), routed_m, kept_m = sums[:2], sums[2:4], sums[4:]
+        found = sum(map(float, kl)), sum(map(int, right)), *counted.flatten().tolist()  # read when all is on its way
+        sums = processes.total(torch.tensor(found, dtype=torch.float64)).tolist()
+        (loss, correct_answers), routed_m, kept_m = sums[:2], sums[2:4], sums[4:]
         return Evaluation(
-            kl=max(kl, 0.0) / self.answer_tokens,
+            kl=max(loss, 0.0) / self.answer_tokens,
             skip_ratio=_skipped(sum(routed_m), sum(kept_m)),
             skip_ratio_text=_skipped(routed_m[0], kept_m[0]),
             skip_ratio_vision=_skipped(routed_m[1], kept_m[1]),
-            accuracy=right / self._samples,
+            accuracy=correct_answers / self._samples,
         )
 
     def routing_weights(self) -> RoutingRecorder:
@@ -175,11 +193,6 @@ def check_whole(model: nn.Module) -> None:
             f"{type(model).__name__} is sharded over {number} processes, and calibration gives each of them its own batches. "
             'Load the model whole, with device_map="auto" over several GPUs, and use the plan for the sharded one.'
         )
-
-
-def divergence(reference: Tensor, logits: Tensor) -> float:
-    """Return the sum over rows of KL(softmax(reference) || softmax(logits)) in nats; both [n, V], on one device."""
-    return float(divergence_of_rows(reference, logits).sum(dtype=torch.float64))
 
 
 def divergence_of_rows(reference: Tensor, logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch._inductor
+import torch._inductor.config as inductor_config
 from torch import fx
 
 from modes_fx.errors import ModesFxError, NoRoutingSiteError, no_compiler
@@ -88,7 +89,8 @@ class SkipBackend:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile dynamo's graph; called by dynamo."""
-        sites = rewrite(module)
+        with inductor_config.patch(self._settings):  # what the passes ask of it
+            sites = rewrite(module)
         self._compiled(sites)
         left = [site for site in sites if site.status != "rewritten"]
         if self._require_site and left:

@@ -5,34 +5,39 @@ For a ``RoutingSite`` of the form ``grouped_mm``, with S = T * K pairs::
     experts_S = where(keep_TK, expert_ids, E)
     key, order = sort(experts_S)                         dropped pairs last
     blocks = cut_rows(ends of each expert in key)
-    y = block_linear(hidden_TH, order, blocks, W1)       gathers its rows itself; SiLU and GELU gating within
-    ... the site's own work up to its last GEMM, on S rows of which those behind the last block hold no data ...
-    z = block_linear(y, order, blocks, W2)               back in the order of pairs
+    y = block_linear(hidden_TH, order, blocks, W1)       gathers its rows itself; gates, activations, biases within
+    z = block_linear(y, order, blocks, W2)               back in the order of pairs; biases within
     out = pair_sum(z, experts_S, weights)
+
+What a site does between its GEMMs is generated into their programs, see ``epilogue``; what cannot be stays in the graph, on S
+rows of which those behind the last block hold no data.
 
 Where there are no more pairs than experts, nothing is sorted: rows are pairs, a program computes one of them
 (``pair_linear``), or adds up those of one token (``pair_combine``). See ``modes_fx/kernels/cuda`` for what the operations do.
+
+Sizes of programs are those of a table, or where Inductor's ``max_autotune`` is set several, of which the first call takes the
+fastest.
 """
 
 from __future__ import annotations
 
-import operator
-from dataclasses import astuple
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+import torch._inductor.config as inductor_config
+from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from modes_fx.kernels.cuda.sizes import size_of, takes_pairs
+from modes_fx.kernels.cuda.sizes import flattened, pair_sizes_to_try, sizes_to_try, takes_pairs
 from modes_fx.passes.emit import Emitter, erase_dead
-from modes_fx.passes.gemms import feeds_only, gemms_of, multiplied_last, stored_weight, uncast, weight_of
+from modes_fx.passes.epilogue import Epilogue, epilogue_of, leaves_rows_alone, point_behind_changes
+from modes_fx.passes.gemms import feeds_only, gemms_of, is_row_major, stored_weight, uncast, weight_of
 from modes_fx.passes.rowwise import is_in_place
 from modes_fx.passes.site import RoutingSite
-from modes_fx.passes.walk import argument, calls, input_of, is_getitem, is_method
+from modes_fx.passes.walk import argument, input_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,8 +66,10 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
 
 
 def kind(graph: fx.Graph, site: RoutingSite) -> str:
-    """Return which kernels a site's GEMMs will be."""
-    return "Triton kernels"
+    """Return which kernels a site's GEMMs will be, and whether they do all that is between them."""
+    node = {item.name: item for item in graph.nodes}
+    within = leaves_rows_alone(_epilogues(node, site), node[site.weighted])
+    return "Triton kernels" if within else "Triton kernels, and work on all rows between them"
 
 
 def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
@@ -72,44 +79,52 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     ids, weights, hidden = node[site.expert_ids_S], node[site.weights_S], node[site.hidden_TH]
     combined, weighted, gathered = node[site.combined], node[site.weighted], node[site.row_hidden]
     gemms = gemms_of(node, site)
-    before, alone = _before(gemms[-1], node, site), multiplied_last(weighted, gemms)
+    before, epilogues = _before(gemms[-1], node, site), _epilogues(node, site)
     stock = [node[site.row_ids], node[site.row_weights], gathered]
     users = [[user for user in site.readers(item) if user.name not in site.counting] for item in stock]
 
-    sizes = _sizes(ids.meta["example_value"].shape[0], site, node[site.row_hidden].meta["example_value"].device)
+    rows = _rows_an_expert(ids.meta["example_value"].shape[0], site)
     names = {"top_k": site.top_k, "num_experts": site.num_experts}
     emitter = Emitter.after(ids, weights, hidden, keep)
     (experts,) = emitter.trace(_experts, ids, keep, num_experts=site.num_experts)
-    if sizes is None:
-        rows = [ids, weights, *emitter.trace(_pair_hidden, hidden, top_k=site.top_k)]
+    if rows is None:
+        taken = [ids, weights, *emitter.trace(_pair_hidden, hidden, top_k=site.top_k)]
         place: tuple[fx.Node, ...] = (experts,)
     else:
-        order, blocks, *rows = emitter.trace(_sort, experts, ids, weights, hidden, rows=sizes[0], **names)
+        size = _sizes(gemms[0], rows, 1)[0]
+        order, blocks, *taken = emitter.trace(_sort, experts, ids, weights, hidden, rows=size, **names)
         place = order, blocks
-    for old, new, pairs, readers in zip(stock, rows, (ids, weights, gathered), users, strict=True):
+    for old, new, pairs, readers in zip(stock, taken, (ids, weights, gathered), users, strict=True):
         for user in readers:
             user.replace_input_with(old, new if user in before else pairs)  # behind the last GEMM rows are pairs
 
-    gathers = feeds_only(rows[2], gemms)  # else the rows have to be there, for others or to be changed
+    gathers = feeds_only(taken[2], gemms)  # else the rows have to be there, for others or to be changed
     total = None
     for gemm in gemms:
-        last, takes_tokens = gemm is gemms[-1], gathers and uncast(input_of(gemm)) is rows[2]
+        last, takes_tokens, epilogue = gemm is gemms[-1], gathers and uncast(input_of(gemm)) is taken[2], epilogues[gemm]
+        alone = last and set(epilogue.end.users) == {weighted}
         given = hidden if takes_tokens else input_of(gemm), weight_of(gemm), *place
-        if gemm is alone and sizes is None:
-            (total,) = Emitter(before=gemm).trace(_pair_combine, *given, weights, top_k=site.top_k)
+        biases = () if epilogue.bias is None else (epilogue.bias,)
+        settings: dict[str, Any] = {
+            "top_k": site.top_k if takes_tokens else 0,
+            "epilogue": epilogue.text,
+            "sizes": _sizes(gemm, rows, 1 + bool(epilogue.parts)),
+        }
+        emitter = Emitter(before=epilogue.end)
+        if alone and rows is None and not epilogue.parts:
+            (total,) = emitter.trace(_pair_combine, *given, weights, *biases, **{**settings, "top_k": site.top_k})
             continue
-        gated, end = ("", gemm) if last else _gating(gemm)
-        linear = _pair_linear if sizes is None else _block_linear
-        settings: dict[str, Any] = {"top_k": site.top_k if takes_tokens else 0, "gated": gated, "scatter": last, "size": sizes}
-        (product,) = Emitter(before=end).trace(linear, *given, **settings)
-        end.replace_all_uses_with(product)
+        linear = _pair_linear if rows is None else _block_linear
+        (product,) = emitter.trace(linear, *given, *biases, **settings, parts=epilogue.parts, scatter=last)
+        epilogue.end.replace_all_uses_with(product)
     if total is None:
-        summed = (weighted, experts) if alone is None else (product, experts, weights)
+        summed = (product, experts, weights) if alone else (weighted, experts)
         (total,) = Emitter(before=combined).trace(_pair_sum, *summed, **names)
     (total,) = Emitter(before=combined).trace(_cast, total, dtype=combined.meta["example_value"].dtype)
     combined.replace_all_uses_with(total)
-    replaced = [node[name] for name in (*site.scaffold, *site.body, *site.counting) if not is_in_place(node[name])]
-    erase_dead([*replaced, *rows])
+    within = {item for epilogue in epilogues.values() for item in epilogue.nodes}
+    replaced = [node[name] for name in (*site.scaffold, *site.body, *site.counting)]
+    erase_dead([*(item for item in replaced if item in within or not is_in_place(item)), *taken])
 
 
 @cache
@@ -138,38 +153,29 @@ def _before(last: fx.Node, node: dict[str, fx.Node], site: RoutingSite) -> set[f
     return found
 
 
-def _sizes(pairs: int | torch.SymInt, site: RoutingSite, device: torch.device) -> list[int] | None:
-    """Return the size of a program of ``block_linear``; None where pairs are computed one by one."""
+def _epilogues(node: dict[str, fx.Node], site: RoutingSite) -> dict[fx.Node, Epilogue]:
+    """Return what each GEMM's program computes besides."""
+    body = [node[name] for name in site.body]
+    point_behind_changes(body)
+    return {gemm: epilogue_of(gemm, body, node[site.row_ids]) for gemm in gemms_of(node, site)}
+
+
+def _rows_an_expert(pairs: int | torch.SymInt, site: RoutingSite) -> float | None:
+    """Return the mean number; None where pairs are computed one by one."""
     if isinstance(pairs, int) and takes_pairs(pairs, site.num_experts):
         return None
-    usual = pairs if isinstance(pairs, int) else pairs.node.hint or 0
-    capability = _capability(device)
+    return (pairs if isinstance(pairs, int) else pairs.node.hint or 0) / site.num_experts
+
+
+def _sizes(gemm: fx.Node, rows: float | None, parts: int) -> list[int]:
+    """Return the size of a GEMM's program, or those to try, as the operations take them."""
+    if rows is None:
+        pair_sizes = pair_sizes_to_try(is_row_major(gemm), parts)
+        return flattened(pair_sizes if inductor_config.max_autotune else pair_sizes[:1])
+    capability = _capability(gemm.meta["example_value"].device)
     assert capability is not None, "why_not has asked"
-    return list(astuple(size_of(capability, usual / site.num_experts)))
-
-
-def _gating(gemm: fx.Node) -> tuple[str, fx.Node]:
-    """Return the activation of the gating behind a GEMM, and the gated product; "" and the GEMM where it has another use."""
-    nothing = "", gemm
-    chunk = next(iter(gemm.users))
-    if len(gemm.users) > 1 or not is_method(chunk, "chunk") or argument(chunk, 1, "chunks") != 2:
-        return nothing
-    halves = {index: user for index in (0, 1) for user in chunk.users if is_getitem(user, index)}
-    if argument(chunk, 2, "dim") not in (-1, 1) or len(chunk.users) != 2 or len(halves) != 2:
-        return nothing
-    activated, gated = (next(iter(halves[index].users)) for index in (0, 1))
-    if any(len(item.users) != 1 for item in (*halves.values(), activated)) or not calls(gated, operator.mul, torch.mul):
-        return nothing
-    name = _activation(activated)
-    return (name, gated) if name and set(gated.args) == {activated, halves[1]} else nothing
-
-
-def _activation(node: fx.Node) -> str:
-    if calls(node, nn.functional.silu):
-        return "silu"
-    if calls(node, nn.functional.gelu):
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return ""
+    sizes = sizes_to_try(capability, rows, parts)
+    return flattened(sizes if inductor_config.max_autotune else sizes[:1])
 
 
 def _experts(expert_ids: Tensor, keep: Tensor, *, num_experts: int) -> Tensor:
@@ -192,19 +198,26 @@ def _sort(
 
 
 def _block_linear(
-    x: Tensor, weight: Tensor, order: Tensor, blocks: Tensor, *, top_k: int, gated: str, scatter: bool, size: list[int]
-) -> Tensor:
-    y: Tensor = torch.ops.modes_fx.block_linear.default(x, order, blocks, weight, top_k, scatter, gated, size)
+    x: Tensor, weight: Tensor, order: Tensor, blocks: Tensor, bias: Tensor | None = None, *, top_k: int, scatter: bool,
+    parts: str, epilogue: str, sizes: list[int],
+) -> Tensor:  # fmt: skip
+    y: Tensor = torch.ops.modes_fx.block_linear.default(x, order, blocks, weight, bias, top_k, scatter, parts, epilogue, sizes)
     return y
 
 
-def _pair_linear(x: Tensor, weight: Tensor, experts: Tensor, *, top_k: int, gated: str, scatter: bool, size: None) -> Tensor:
-    y: Tensor = torch.ops.modes_fx.pair_linear.default(x, experts, weight, top_k or 1, gated)
+def _pair_linear(
+    x: Tensor, weight: Tensor, experts: Tensor, bias: Tensor | None = None, *, top_k: int, scatter: bool, parts: str,
+    epilogue: str, sizes: list[int],
+) -> Tensor:  # fmt: skip
+    y: Tensor = torch.ops.modes_fx.pair_linear.default(x, experts, weight, bias, top_k or 1, parts, epilogue, sizes)
     return y
 
 
-def _pair_combine(x: Tensor, weight: Tensor, experts: Tensor, weights: Tensor, *, top_k: int) -> Tensor:
-    total: Tensor = torch.ops.modes_fx.pair_combine.default(x, experts, weights, weight, top_k)
+def _pair_combine(
+    x: Tensor, weight: Tensor, experts: Tensor, weights: Tensor, bias: Tensor | None = None, *, top_k: int, epilogue: str,
+    sizes: list[int],
+) -> Tensor:  # fmt: skip
+    total: Tensor = torch.ops.modes_fx.pair_combine.default(x, experts, weights, weight, bias, top_k, epilogue, sizes)
     return total
 
 

@@ -53,7 +53,7 @@ def check(node: fx.Node, body: Collection[fx.Node], offsets: fx.Node | None = No
     Raises:
         Reject: ``BODY_MIXES_ROWS`` or ``BODY_HAS_FIXED_ROWS``.
     """
-    name = _name(node)
+    name = name_of(node)
     if not _works_by_row(node, name, body, offsets):
         raise Reject("BODY_MIXES_ROWS", f"{node.name} ({name}) is not known to work row by row", node)
     if name in ("view", "reshape"):
@@ -107,7 +107,8 @@ def _works_by_row_of(source: fx.Node, node: fx.Node, name: str, offsets: fx.Node
     return name in ("view", "reshape")
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """Return the name of what a node calls, without the underscore of an in-place form."""
     target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     name = name.split(".")[0] if isinstance(target, torch._ops.OpOverload) else name

@@ -92,8 +92,8 @@ class SiteRecord:
         dispatch: Form put in its place, ``"compact"`` or ``"static"``; "" when rejected.
         top_k: K, or 0 when unknown.
         num_experts: E, or 0 when unknown.
-        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), or why the experts' GEMMs are
-            torch's own.
+        gemms: ``"kernels"``, ``"packed kernels"`` or ``"Triton kernels"`` (``modes_fx.kernels``), the last perhaps with
+            ``", and work on all rows between them"``; or why the experts' GEMMs are torch's own.
         layer: Index of the MoE layer, or -1 in a graph that serves many layers.
     """
 

@@ -70,7 +70,7 @@ def test_a_dispatch_that_is_switched_is_compiled_once(caplog: pytest.LogCaptureF
 
 
 def test_without_a_plan_everything_is_kept() -> None:
-    model = tiny.make("qwen3_moe")
+    model = tiny.one_layer()
     ids = tiny.text_batch(1, 4)["input_ids"]
     with torch.no_grad():
         wanted = model(input_ids=ids).logits

@@ -4,11 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import fx
 
 pytest.importorskip("triton")
 
 import modes_fx
+from modes_fx.graph import backend
+from modes_fx.graph.backend import inductor_settings
 from modes_fx.passes import kept_blocks
 from tests import harness, oracle, tiny
 from tests.harness import logits, plan_of, relative_error
@@ -37,20 +40,29 @@ def test_a_model_skips_what_the_oracle_drops(family: str, form: str) -> None:
     assert "static, Triton kernels" in str(modes_fx.report(model))
 
 
-def calls(family: str, form: str) -> list[str]:
-    """Return what the rewritten graph of one MoE block calls, by name."""
+def graph(family: str, form: str) -> fx.Graph:
+    """Return the rewritten graph of one MoE block."""
     experts = oracle.experts_of(tiny.make(family))[-1]
     experts.config._experts_implementation = "grouped_mm"
     graphs: list[fx.Graph] = []
 
     def keep(module: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         graphs.append(module.graph)
-        return module.forward
+        return enough
 
     run = harness.compiled_block(experts, form, harness.FixedRuntime(), keep, dynamic=False)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.raises(InterruptedError):
         run(torch.randn(1, 32), torch.tensor([[0, 1]]), torch.tensor([[0.6, 0.4]]))
-    targets = [node.target for node in graphs[0].nodes if node.op.startswith("call_")]
+    return graphs[0]
+
+
+def enough(*inputs: Any) -> Any:
+    raise InterruptedError
+
+
+def calls(family: str, form: str) -> list[str]:
+    """Return what the rewritten graph of one MoE block calls, by name."""
+    targets = [node.target for node in graph(family, form).nodes if node.op.startswith("call_")]
     return [str(getattr(target, "__name__", target)).removesuffix(".default") for target in targets]
 
 
@@ -66,12 +78,36 @@ def test_few_pairs_are_not_sorted() -> None:
     assert not {"silu", "sort", "histc", "cumsum"} & set(named)
 
 
-@FORMS
-def test_a_familys_own_work_stays_in_the_graph(form: str) -> None:
+@pytest.mark.parametrize(
+    ("form", "wanted"),
+    [
+        (harness.SORTED, ["cut_rows", "block_linear", "block_linear", "pair_sum"]),
+        (harness.PAIRS, ["pair_linear", "pair_combine"]),
+    ],
+)
+def test_clamps_and_biases_are_in_the_product_too(form: str, wanted: list[str]) -> None:
     named = calls("gpt_oss", form)
-    linear = "block_linear" if form == harness.SORTED else "pair_linear"
-    assert [name for name in named if name in (linear, "sigmoid", "pair_sum")] == [linear, "sigmoid", linear, "pair_sum"]
-    assert named.count("add_") == 2
+    assert [name for name in named if name in dir(ops)] == wanted
+    assert not {"sigmoid", "clamp", "add_", "mul"} & set(named)
+
+
+@FORMS
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+def test_max_autotune_lets_the_first_call_choose_the_sizes(mode: str, form: str) -> None:
+    with inductor_config.patch(inductor_settings(mode, {})):
+        ours = [node for node in graph("qwen3_vl_moe", form).nodes if str(node.target).startswith("modes_fx.")]
+    sizes = [len(node.args[-1]) for node in ours if isinstance(node.args[-1], (list, tuple))]
+    numbers = 5 if form == harness.SORTED else 3
+    assert len(sizes) == 2
+    assert all(size > numbers for size in sizes) if mode == "max-autotune" else sizes == [numbers, numbers]
+
+
+def test_the_passes_of_a_region_see_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(backend, "rewrite", lambda module: seen.append(inductor_config.max_autotune) or ())
+    compile_region = backend.SkipBackend(lambda sites: None, harness.uncompiled, **inductor_settings("max-autotune", {}))
+    compile_region(fx.GraphModule({}, fx.Graph()), [])
+    assert (seen, inductor_config.max_autotune) == ([True], False)
 
 
 def test_few_pairs_are_no_more_than_experts() -> None:

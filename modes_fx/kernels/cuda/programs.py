@@ -4,7 +4,10 @@ T tokens, K experts a token, S = T * K pairs, E experts, D inner and N outer siz
 expert, and E for a pair that is dropped. Memory of rows that nobody computes is never written, and never read. No atomics: a
 result is bit by bit the same each time.
 
-Gating (``GATED``): the product has 2 * N columns, gate and up, and a row is ``activation(gate) * up``.
+What follows a product within its program is ``_epilogue(a, b, bias_a, bias_b)``, float32; here it is ``a``, and
+``epilogues.program_with`` puts another in its place. Where ``PARTS`` is "", a is the product [.., N]. Else that has 2 * N
+columns: "halves", a the first and b the second, or "interleaved", a the even ones and b the odd ones. The biases are
+those of the expert and of the same columns, where BIASED, else 0.
 """
 
 # Triton compiles these functions' source: no annotations but its own, and names in capitals for what is constant.
@@ -43,9 +46,9 @@ def cut_rows(ends, blocks, most, E: tl.constexpr, PADDED: tl.constexpr, ROWS: tl
 
 @triton.jit
 def block_linear(
-    x, weight, out, order, blocks, most, stride_e, stride_n, stride_d, N: tl.constexpr, D: tl.constexpr, TOP_K: tl.constexpr,
-    GATHER: tl.constexpr, SCATTER: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    x, weight, bias, out, order, blocks, most, stride_e, stride_n, stride_d, N: tl.constexpr, D: tl.constexpr,
+    TOP_K: tl.constexpr, GATHER: tl.constexpr, SCATTER: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Multiply a block of rows of one expert by a tile of its weight [N, D]; columns fastest, so that blocks share rows.
 
@@ -64,13 +67,14 @@ def block_linear(
     if GATHER or SCATTER:
         pairs = tl.load(order + rows, mask=live, other=0)
     source = pairs // TOP_K if GATHER else rows.to(tl.int64)
-    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    AT_ONCE: tl.constexpr = 2 if PARTS == "interleaved" else 1
+    columns = tile * COLUMNS * AT_ONCE + tl.arange(0, COLUMNS * AT_ONCE)
     inner = tl.arange(0, INNER)
     taken = x + source[:, None] * D + inner[None, :]
     matrix = weight + expert * stride_e + columns[None, :].to(tl.int64) * stride_n + inner[:, None] * stride_d
-    inside = (columns < N)[None, :]
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    inside = (columns < N * AT_ONCE)[None, :]
+    total = tl.zeros((ROWS, COLUMNS * AT_ONCE), tl.float32)
+    other = tl.zeros((ROWS, COLUMNS), tl.float32)
     for begin in range(0, D, INNER):
         if D % INNER == 0:
             a = tl.load(taken, mask=live[:, None], other=0.0)
@@ -81,55 +85,63 @@ def block_linear(
         else:
             b = tl.load(matrix, mask=inside & (inner < D - begin)[:, None], other=0.0)
         total = tl.dot(a, b, total, input_precision=PRECISION)
-        if GATED != "":
+        if PARTS == "halves":
             if D % INNER == 0 and N % COLUMNS == 0:
                 c = tl.load(matrix + N * stride_n)
             else:
                 c = tl.load(matrix + N * stride_n, mask=inside & (inner < D - begin)[:, None], other=0.0)
-            up = tl.dot(a, c, up, input_precision=PRECISION)
+            other = tl.dot(a, c, other, input_precision=PRECISION)
         taken += INNER
         matrix += INNER * stride_d
-    if GATED != "":
-        total = _activation(total, GATED) * up
+    if PARTS == "interleaved":
+        total, other = tl.split(tl.reshape(total, (ROWS, COLUMNS, 2)))
+    columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+    bias_a, bias_b = _biases(bias, expert, columns, N, PARTS, BIASED)
+    result = _epilogue(total, other, bias_a, bias_b)
     place = pairs if SCATTER else rows.to(tl.int64)
-    tl.store(out + place[:, None] * N + columns[None, :], total.to(out.dtype.element_ty), mask=live[:, None] & inside)
+    inside = live[:, None] & (columns < N)[None, :]
+    tl.store(out + place[:, None] * N + columns[None, :], result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def pair_linear(
-    x, weight, out, experts, stride_e, stride_n, stride_d, E: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    TOP_K: tl.constexpr, GATED: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    x, weight, bias, out, experts, stride_e, stride_n, stride_d, E: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    TOP_K: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Multiply one pair's row by a tile of its expert's weight: for so few rows that no two are likely to share an expert."""
     pair = tl.program_id(0)
     expert = tl.load(experts + pair).to(tl.int64)
     if expert >= E:
         return
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    AT_ONCE: tl.constexpr = 2 if PARTS == "interleaved" else 1
+    columns = tl.program_id(1) * COLUMNS * AT_ONCE + tl.arange(0, COLUMNS * AT_ONCE)
     inner = tl.arange(0, INNER)
     taken = x + (pair // TOP_K).to(tl.int64) * D + inner
     matrix = weight + expert * stride_e + columns[:, None].to(tl.int64) * stride_n + inner[None, :] * stride_d
-    total = tl.zeros((COLUMNS, INNER), tl.float32)
-    up = tl.zeros((COLUMNS, INNER), tl.float32)
+    total = tl.zeros((COLUMNS * AT_ONCE, INNER), tl.float32)
+    other = tl.zeros((COLUMNS, INNER), tl.float32)
     for begin in range(0, D, INNER):
         here = inner < D - begin
-        both = (columns < N)[:, None] & here[None, :]
+        both = (columns < N * AT_ONCE)[:, None] & here[None, :]
         a = tl.load(taken, mask=here, other=0.0).to(tl.float32)[None, :]
         total += tl.load(matrix, mask=both, other=0.0).to(tl.float32) * a
-        if GATED != "":
-            up += tl.load(matrix + N * stride_n, mask=both, other=0.0).to(tl.float32) * a
+        if PARTS == "halves":
+            other += tl.load(matrix + N * stride_n, mask=both, other=0.0).to(tl.float32) * a
         taken += INNER
         matrix += INNER * stride_d
-    result = tl.sum(total, 1)
-    if GATED != "":
-        result = _activation(result, GATED) * tl.sum(up, 1)
+    product, second = tl.sum(total, 1), tl.sum(other, 1)
+    if PARTS == "interleaved":
+        product, second = tl.split(tl.reshape(product, (COLUMNS, 2)))
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    bias_a, bias_b = _biases(bias, expert, columns, N, PARTS, BIASED)
+    result = _epilogue(product, second, bias_a, bias_b)
     tl.store(out + pair.to(tl.int64) * N + columns, result.to(out.dtype.element_ty), mask=columns < N)
 
 
 @triton.jit
 def pair_combine(
-    x, weight, out, experts, routing, stride_e, stride_n, stride_d, E: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    TOP_K: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    x, weight, bias, out, experts, routing, stride_e, stride_n, stride_d, E: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    TOP_K: tl.constexpr, BIASED: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Multiply the rows of a token's pairs by a tile of their experts' weights, and add them up, each times its ``routing``."""
     token = tl.program_id(0)
@@ -149,7 +161,9 @@ def pair_combine(
                 product += tl.load(matrix, mask=(columns < N)[:, None] & here[None, :], other=0.0).to(tl.float32) * a
                 taken += INNER
                 matrix += INNER * stride_d
-            total += tl.sum(product, 1) * tl.load(routing + pair).to(tl.float32)
+            result = tl.sum(product, 1)
+            bias_a, bias_b = _biases(bias, expert, columns, N, "", BIASED)
+            total += _epilogue(result, result, bias_a, bias_b) * tl.load(routing + pair).to(tl.float32)
     tl.store(out + token.to(tl.int64) * N + columns, total.to(out.dtype.element_ty), mask=columns < N)
 
 
@@ -173,10 +187,21 @@ def pair_sum(
 
 
 @triton.jit
-def _activation(x, GATED: tl.constexpr):
-    """Return silu(x), gelu(x) or its tanh approximation."""
-    if GATED == "silu":
-        return x * tl.sigmoid(x)
-    if GATED == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # tanh(z) = 2 * sigmoid(2 * z) - 1
+def _biases(bias, expert, columns, N: tl.constexpr, PARTS: tl.constexpr, BIASED: tl.constexpr):
+    """Return an expert's biases of both parts of a product, from ``bias`` [E, N], or [E, 2 * N] where there are parts."""
+    first = tl.zeros(columns.shape, tl.float32)
+    second = first
+    if BIASED:
+        if PARTS == "":
+            first = tl.load(bias + expert * N + columns, mask=columns < N, other=0.0).to(tl.float32)
+        else:
+            STEP: tl.constexpr = 2 if PARTS == "interleaved" else 1
+            place = bias + expert * 2 * N + columns * STEP
+            first = tl.load(place, mask=columns < N, other=0.0).to(tl.float32)
+            second = tl.load(place + (1 if PARTS == "interleaved" else N), mask=columns < N, other=0.0).to(tl.float32)
+    return first, second
+
+
+@triton.jit
+def _epilogue(a, b, bias_a, bias_b):
+    return a

@@ -46,7 +46,7 @@ class SampleObjective(Objective):
                 kl = divergence_of_rows(unskipped, logits).double().cpu()
                 flips = (unskipped.argmax(dim=-1) != logits.argmax(dim=-1)).long().cpu()
                 sums = [_by_sample(values, counts) for values in (kl, flips)]
-                parts.append((sums[0].clamp(min=0), counts, sums[1], correct))
+                parts.append((sums[0].clamp(min=0), counts, sums[1], correct.cpu()))
         routed_m = (stats.pairs_routed - routed).sum(dim=(0, 2))
         kept_m = (stats.pairs_kept - kept).sum(dim=(0, 2))
         pairs = {"all": slice(None), "text": slice(0, 1), "vision": slice(1, 2)}
