@@ -41,9 +41,9 @@ SHAPE = {
 def start(folder: Path, plan: SkipPlan | None, options: argparse.Namespace) -> Any:
     """Start an engine on random weights: the same in each, as they depend on the seed alone."""
     from vllm import LLM
-    from vllm.model_executor.model_loader import dummy_loader
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-    dummy_loader.initialize_dummy_weights = fill  # vLLM's own route all tokens alike
+    DummyModelLoader.load_weights = lambda _, model, __: fill(model)  # vLLM's own weights route all tokens alike
     settings = {} if plan is None else {"modes_fx": {"plan": str(plan.save(folder / f"{id(plan)}.json"))}}
     return LLM(
         model=str(folder), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=not options.compile,
@@ -52,7 +52,7 @@ def start(folder: Path, plan: SkipPlan | None, options: argparse.Namespace) -> A
     )  # fmt: skip
 
 
-def fill(model: torch.nn.Module, *_: Any) -> None:
+def fill(model: torch.nn.Module) -> None:
     """Fill a model with weights by which routers choose as trained ones do: some experts much before others."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -60,8 +60,7 @@ def fill(model: torch.nn.Module, *_: Any) -> None:
             parameter.data.fill_(1.0)
         else:
             scale = 1.0 if "embed" in name else (1.5 if "mlp.gate." in name else 1.0) * parameter.shape[-1] ** -0.5
-            for part in parameter.data if parameter.dim() == 3 else [parameter.data]:
-                part.copy_(torch.randn(part.shape, generator=generator) * scale)
+            parameter.data.copy_(torch.randn(parameter.shape[-2:], generator=generator) * scale)  # of experts, all alike
 
 
 def worker_of(llm: Any) -> Any:
