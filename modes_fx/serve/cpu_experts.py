@@ -33,13 +33,13 @@ def dispatch_kept(
     if not kept:
         output_TH.zero_()
         return
+    if output_TH.shape[0] == 1:  # one token with fewer experts is what the kernel knows already
+        kernel(output_TH, hidden_TH, weights_TK[keep_TK].unsqueeze(0), ids_TK[keep_TK].unsqueeze(0))
+        return
     token_N, rank_N = keep_TK.nonzero(as_tuple=True)
     out_NH = torch.empty(kept, output_TH.shape[1], dtype=output_TH.dtype)
     weights_N1, ids_N1 = (each[token_N, rank_N].unsqueeze(1) for each in (weights_TK, ids_TK))
     kernel(out_NH, hidden_TH[token_N], weights_N1, ids_N1)
-    if output_TH.shape[0] == 1:
-        output_TH.copy_(out_NH.sum(dim=0, keepdim=True, dtype=torch.float32))
-        return
     total_TH = torch.zeros(output_TH.shape, dtype=torch.float32)
     output_TH.copy_(total_TH.index_add_(0, token_N, out_NH.float()))
 
