@@ -18,6 +18,7 @@ import torch
 from demo_model.architecture import build_model, build_processor
 from demo_model.evaluate import accuracy_by_kind
 from demo_model.experts import use_blocked_experts
+from demo_model.hub_form import to_hub_form
 from demo_model.train import train_vision, train_whole
 from torch import nn
 from transformers import ProcessorMixin, Qwen3VLMoeForConditionalGeneration
@@ -38,6 +39,7 @@ def save(model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> N
         staging = Path(folder) / "checkpoint"
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(staging)  # which also notes the dtype in the config
         processor.save_pretrained(staging)
+        to_hub_form(staging)
         (staging / LOG).write_text(json.dumps(log, indent=1) + "\n")
         for file in staging.iterdir():
             file.chmod(0o644)  # safetensors' own files are readable by their owner only

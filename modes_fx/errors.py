@@ -65,6 +65,10 @@ class ModelError(ModesFxError, ValueError):
     """
 
 
+class ServingError(ModesFxError, ValueError):
+    """A server was asked for what modes-fx cannot serve: it does not start, or keeps the thresholds that it has."""
+
+
 class DeviceError(ModesFxError, ValueError):
     """There is no such device on this machine, or two options name different ones.
 

@@ -27,6 +27,7 @@ ROOMS = {
     "demo": "the embedded model and its data",
     "measure": "inspection, comparison, benchmarks and their pages",
     "lmms": "in lmms-eval",
+    "serve": "in vLLM",
     "cli": "the command",
 }
 """From the ground up, with what is in each: a room imports from itself and from those below it."""

@@ -11,12 +11,12 @@ FOLDER = Path(__file__).parent.parent / "demo"
 SHA256 = {
     "digits.npz": "617a5e4a23426661f31be5d2be76324e9d31e62b432fa89f4dfead1033366b2e",
     "checkpoint/chat_template.jinja": "2a2277ead875fcbbb57d0bb912ac6981d714d88feeb21486c85ac368343521e8",
-    "checkpoint/config.json": "b7a1fa37238398a2493a87083d13202c767c5612bf8099c349098cdde22c180e",
+    "checkpoint/config.json": "cbca2d72ed2f0bee38303cc5669474b2ee458d212fc179e4fe136b5d832fbeda",
     "checkpoint/generation_config.json": "c1e1a8c6f49f04b9cd6d5e63bcc55493f3166cc102711b9bc1e2b7b47393cc65",
-    "checkpoint/model.safetensors": "87d55d87a68bf19109d30292f59037dfdd435027be7eba40ee0d18ca2709d07c",
-    "checkpoint/processor_config.json": "0d94cda453519e5dc856d8de165f413f970cec2692c18312977d1909aba485f6",
+    "checkpoint/model.safetensors": "0309d971aeffcacecb55cabcf7e58f7028edcb76fa04cd3a3cdc4b31c6b5c397",
+    "checkpoint/processor_config.json": "7bdfd7d697cc743f6251825d1bfedd14c5ad8cb9e69c2a51055026d736ca7f6f",
     "checkpoint/tokenizer.json": "39a08317e6073fdda16bbfe0d2fede5fb89275b244567ed698d312d3c084364f",
-    "checkpoint/tokenizer_config.json": "1c2585d29636d5de453733bab9ebfb9781ab68b89a6a62b1ff3a9942490cc8eb",
+    "checkpoint/tokenizer_config.json": "bb4ce8af6c1824bcaed596415555ad260a2dcabacda5975b94fa6b165e22b92a",
 }
 
 

@@ -62,7 +62,7 @@ def load(
     Raises:
         ModelError: There is no such model, or it or its processor cannot be loaded whole.
     """
-    from modes_fx.models import embedded  # registers the processor that checkpoints of the demo's kind name
+    from modes_fx.models import embedded
 
     if name == DEMO:
         if device_map is not None:
@@ -74,7 +74,8 @@ def load(
     name = str(Path(name).expanduser()) if name.startswith("~") else name
     model = _load_model(name, dtype, device_map, trust_remote_code)
     if processor is None:
-        processor = _load_processor(name, trust_remote_code, sees_images, processor_settings or {})
+        kind = _processor_class(model.config.model_type)
+        processor = _load_processor(name, kind, trust_remote_code, sees_images, processor_settings or {})
     return model.eval(), processor
 
 
@@ -111,14 +112,24 @@ def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool)
     return model
 
 
-def _load_processor(name: str, trust_remote_code: bool, sees_images: bool, settings: Mapping[str, Any]) -> Any:
-    from transformers import AutoProcessor, PreTrainedTokenizerBase
+def _processor_class(model_type: str) -> Any:
+    """Return what loads a processor: Qwen3-VL's without its video processor, where there is no torchvision for that."""
+    from transformers import AutoProcessor
+
+    from modes_fx.models.processor import DemoProcessor
+
+    images_alone = model_type in ("qwen3_vl", "qwen3_vl_moe") and importlib.util.find_spec("torchvision") is None
+    return DemoProcessor if images_alone else AutoProcessor
+
+
+def _load_processor(name: str, kind: Any, trust_remote_code: bool, sees_images: bool, settings: Mapping[str, Any]) -> Any:
+    from transformers import PreTrainedTokenizerBase
 
     try:
         processor = _maybe_looked_up(
             name,
             "the processor",
-            lambda: AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **settings),
+            lambda: kind.from_pretrained(name, trust_remote_code=trust_remote_code, **settings),
         )
     except Exception as error:  # see above
         hint = ""

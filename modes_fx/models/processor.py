@@ -1,8 +1,8 @@
-"""The demo's processor: Qwen3-VL's, without the video processor, whose every class needs torchvision."""
+"""Qwen3-VL's processor without the video processor, whose every class needs torchvision: the demo's."""
 
 from typing import Any
 
-from transformers import AutoProcessor, Qwen2VLImageProcessorPil, Qwen3VLMoeConfig, Qwen3VLProcessor
+from transformers import Qwen2VLImageProcessorPil, Qwen3VLProcessor
 
 
 class DemoProcessor(Qwen3VLProcessor):
@@ -20,13 +20,3 @@ class DemoProcessor(Qwen3VLProcessor):
         if image_processor is not None and not isinstance(image_processor, Qwen2VLImageProcessorPil):
             image_processor = Qwen2VLImageProcessorPil.from_dict(image_processor.to_dict())
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)  # type: ignore[no-untyped-call]
-
-
-class _DemoConfig(Qwen3VLMoeConfig):
-    """Key under which AutoProcessor finds the class by name.
-
-    Registering `Qwen3VLMoeConfig` itself would hand this processor to every real checkpoint of the family.
-    """
-
-
-AutoProcessor.register(_DemoConfig, DemoProcessor, exist_ok=True)

@@ -1,9 +1,11 @@
 """The embedded data and checkpoint: what they promise, on the files that ship."""
 
 import itertools
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modes_fx import demo
 from modes_fx.demo.canvas import SPLITS, source_digits
@@ -118,10 +120,17 @@ def test_padding_side_must_be_a_side(samples, processor):
         demo.collate(samples, processor, padding_side="middle")
 
 
-def test_auto_processor_finds_the_processor(processor):
-    from transformers import AutoProcessor
-
-    assert type(AutoProcessor.from_pretrained(demo.CHECKPOINT)) is type(processor)
+def test_the_checkpoint_lies_in_the_hubs_form(loaded):
+    model, _ = loaded
+    stored = load_file(demo.CHECKPOINT / "model.safetensors")
+    config, processor = (json.loads((demo.CHECKPOINT / name).read_text()) for name in ("config.json", "processor_config.json"))
+    experts = model.model.language_model.layers[0].mlp.experts
+    for name in ("gate_up_proj", "down_proj"):
+        turned = stored[f"model.language_model.layers.0.mlp.experts.{name}"].transpose(1, 2)
+        assert torch.equal(turned, getattr(experts, name))
+    assert config["text_config"]["norm_topk_prob"] is True
+    assert processor["processor_class"] == "Qwen3VLProcessor"
+    assert processor["video_processor"]["video_processor_type"] == "Qwen3VLVideoProcessor"
 
 
 def test_checkpoint_is_small_and_of_the_real_class(loaded):

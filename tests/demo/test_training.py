@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 from torch import nn
 
-from modes_fx.demo import load
+from modes_fx.demo import CHECKPOINT, load
 
 
 @pytest.fixture
@@ -32,5 +32,7 @@ def test_a_folder_of_somebody_elses_is_left_alone(script: ModuleType, tmp_path: 
     assert mine.read_text() == beside.read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.new", "thesis"]
     assert '"steps": 2' in (tmp_path / "model" / "training_log.json").read_text()
+    for name in ("model.safetensors", "processor_config.json"):  # in the form that ships
+        assert (tmp_path / "model" / name).read_bytes() == (CHECKPOINT / name).read_bytes()
     reloaded, _ = load(folder=tmp_path / "model")
     assert isinstance(reloaded, nn.Module)

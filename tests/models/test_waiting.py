@@ -70,7 +70,7 @@ def test_the_processor_of_a_hub_model_is_waited_for(
         return name
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", slow)
-    assert _load_processor("org/model", False, False, {}) == "org/model"
+    assert _load_processor("org/model", AutoProcessor, False, False, {}) == "org/model"
     assert said(caplog) == ["waiting for the processor of org/model from the Hugging Face hub"]
 
 

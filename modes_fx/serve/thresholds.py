@@ -1,0 +1,148 @@
+"""The tensors that a served model's layers read and write, and the operation that drops pairs by them.
+
+They live as long as the model and are changed in place: so compiled code and CUDA graphs see another target without being made
+anew. T tokens, K experts a token, E experts, L layers of this worker.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modes_fx.errors import ServingError
+from modes_fx.modality import MODALITIES
+from modes_fx.report import PHASES
+
+PADDING = len(PHASES) * len(MODALITIES)
+DUMMY = PADDING + 1
+CLASSES = DUMMY + 1
+"""A token's class: 2 * phase + modality, or padding, which keeps nothing, or dummy, which keeps all; neither is counted."""
+
+
+class Thresholds:
+    """Thresholds of all layers, the classes of the tokens of the running batch, and counts.
+
+    Args:
+        top_k: K of each layer.
+        max_tokens: The most tokens of a batch, padding included.
+        device: Where the model is.
+
+    Attributes:
+        bounds: float32 [L, classes].
+        classes: int64 [max_tokens].
+        kept: int64 [max_tokens]: pairs that the layers have kept so far of each token of the batch.
+        batch: Tokens of the running batch, padding included; 0 before the first, and in a dummy run.
+        scales: float32 [L]: what the plan's thresholds are multiplied by, where a layer scales its sum instead of its weights.
+    """
+
+    def __init__(self, top_k: list[int], max_tokens: int, device: torch.device) -> None:
+        self.top_k = top_k
+        self.bounds = torch.zeros(len(top_k), CLASSES, dtype=torch.float32, device=device)
+        self.bounds[:, PADDING].fill_(math.inf)
+        self.classes = torch.full((max_tokens,), DUMMY, device=device)
+        self.kept = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self.batch = 0
+        self.scales = torch.ones(len(top_k))
+        self._counts = torch.zeros(2, CLASSES, dtype=torch.int64, device=device)  # tokens; pairs kept
+
+    def set_bounds(self, bounds: Tensor) -> None:
+        """Put other thresholds in force, [L, phases, modalities]; the next batch sees them."""
+        self.bounds[:, :PADDING].copy_(bounds.flatten(1) * self.scales.unsqueeze(1))
+
+    def begin(self, classes: Tensor, padded: int) -> None:
+        """Begin a batch: count the one before, then note the classes of this one's tokens, [T]; padding follows."""
+        self._settle()
+        tokens = classes.shape[0]
+        self.classes[:tokens].copy_(classes)
+        self.classes[tokens:padded].fill_(PADDING)
+        self.batch = padded
+
+    def begin_dummy(self) -> None:
+        """Begin a run for its own sake, such as a warm-up: all kept, nothing counted."""
+        self._settle()
+        self.classes.fill_(DUMMY)
+
+    def pairs(self) -> list[int]:
+        """Return pairs routed and kept since the start: ints [modalities, phases, 2], flattened."""
+        self._settle()
+        tokens, kept = self._counts[:, :PADDING].tolist()
+        return [
+            number
+            for modality in range(len(MODALITIES))
+            for phase in range(len(PHASES))
+            for number in (sum(self.top_k) * tokens[2 * phase + modality], kept[2 * phase + modality])
+        ]
+
+    def _settle(self) -> None:
+        """Count what the last batch kept; on the device, without waiting for it."""
+        if self.batch:
+            classes, kept = self.classes[: self.batch], self.kept[: self.batch]
+            self._counts[0].index_add_(0, classes, torch.ones_like(kept))
+            self._counts[1].index_add_(0, classes, kept)
+        self.kept.zero_()
+        self.batch = 0
+
+
+class LayerThresholds:
+    """One layer's share: what ``modes_fx::serve_keep`` reads.
+
+    Args:
+        thresholds: Those of all layers.
+        index: The layer's row.
+        num_experts: E, which dropped pairs get as their expert.
+    """
+
+    def __init__(self, thresholds: Thresholds, index: int, num_experts: int) -> None:
+        self.thresholds = thresholds
+        self.index = index
+        self.num_experts = num_experts
+
+    def keep(self, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights and ids in which dropped pairs have weight 0 and expert E; see ``modes_fx.policies.threshold``.
+
+        Raises:
+            ServingError: The layer was given other tokens than the batch has.
+        """
+        state, tokens = self.thresholds, weights_TK.shape[0]
+        if state.batch and tokens != state.batch:
+            raise ServingError(
+                f"A layer was given {tokens} tokens of a batch of {state.batch}: modes-fx cannot serve this model."
+            )
+        bound_T = state.bounds[self.index][state.classes[:tokens]]
+        keep_TK = weights_TK.float() >= bound_T.unsqueeze(1)
+        state.kept[:tokens] += keep_TK.sum(dim=1)
+        return torch.where(keep_TK, weights_TK, 0), torch.where(keep_TK, ids_TK, self.num_experts)
+
+
+_find: Callable[[str], LayerThresholds] | None = None
+
+
+def find_layers_by(find: Callable[[str], LayerThresholds]) -> None:
+    """Say how the operation finds a layer by its name: compiled code knows nothing else of it, and may be another engine's."""
+    global _find
+    _find = find
+
+
+@torch.library.custom_op("modes_fx::serve_keep", mutates_args=())
+def serve_keep(weights: Tensor, ids: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+    """Drop pairs by the thresholds of a layer.
+
+    Args:
+        weights: [T, K], as the router gives them.
+        ids: Integer [T, K].
+        layer: Its name in vLLM.
+
+    Returns:
+        weights and ids, in which dropped pairs have weight 0 and expert E.
+    """
+    if _find is None:
+        raise ServingError("modes-fx serves no model in this process.")
+    return _find(layer).keep(weights, ids)
+
+
+@serve_keep.register_fake
+def _(weights: Tensor, ids: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weights), torch.empty_like(ids)
