@@ -46,7 +46,7 @@ def report_with_log() -> None:
 def report(workers: Sequence[Sequence[int] | None]) -> None:
     """Log and count the pairs that workers have seen since the last time, each as ``Thresholds.pairs``, or None."""
     grown = [sum(numbers) for numbers in zip(*(each for each in workers if each is not None), strict=True)]
-    named = {
+    named: dict[tuple[str, str], tuple[int, int]] = {
         (modality, phase): (grown[4 * m + 2 * p], grown[4 * m + 2 * p + 1])
         for m, modality in enumerate(MODALITIES)
         for p, phase in enumerate(PHASES)

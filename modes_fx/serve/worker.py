@@ -252,7 +252,7 @@ def _visual(settings: Settings, worker: Any, model: nn.Module) -> tuple[int, ...
 
 def _max_tokens(worker: Any) -> int:
     sizes = worker.vllm_config.compilation_config.cudagraph_capture_sizes or []
-    return max([worker.model_runner.max_num_tokens, *sizes])
+    return int(max([worker.model_runner.max_num_tokens, *sizes]))
 
 
 def _is_first_of_its_stage() -> bool:
