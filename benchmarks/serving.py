@@ -41,21 +41,26 @@ SHAPE = {
 def start(folder: Path, plan: SkipPlan | None, options: argparse.Namespace) -> Any:
     """Start an engine on random weights: the same in each, as they depend on the seed alone."""
     from vllm import LLM
+    from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
+    DummyModelLoader.load_weights = lambda _, model, __: fill(model)  # vLLM's own weights route all tokens alike
     settings = {} if plan is None else {"modes_fx": {"plan": str(plan.save(folder / f"{id(plan)}.json"))}}
-    llm = LLM(
+    return LLM(
         model=str(folder), load_format="dummy", dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=not options.compile,
         max_model_len=options.prefill + options.decode + 64, max_num_batched_tokens=options.prefill + 64, max_num_seqs=4,
         kv_cache_memory_bytes=1 << 27, enable_prefix_caching=False, additional_config=settings, disable_log_stats=True,
     )  # fmt: skip
+
+
+def fill(model: torch.nn.Module) -> None:
+    """Fill a model with weights by which routers choose as trained ones do: some experts much before others."""
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in worker_of(llm).get_model().named_parameters():  # vLLM's dummy weights route all tokens alike
-        if name.endswith("norm.weight"):
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
             parameter.data.fill_(1.0)
-        elif name.endswith(("embed_tokens.weight", "mlp.gate.weight")):
-            scale = 1.0 if "embed" in name else 1.5 * parameter.shape[1] ** -0.5
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return llm
+        else:
+            scale = 1.0 if "embed" in name else (1.5 if "mlp.gate." in name else 1.0) * parameter.shape[-1] ** -0.5
+            parameter.data.copy_(torch.randn(parameter.shape[-2:], generator=generator) * scale)  # of experts, all alike
 
 
 def worker_of(llm: Any) -> Any:
