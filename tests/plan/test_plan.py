@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,13 @@ def test_any_thresholds_survive_a_file(
 
 
 def test_an_interrupted_save_leaves_the_old_plan_and_nothing_else(
-    plan: SkipPlan, path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: SkipPlan, path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("elsewhere")))
     with pytest.raises(ModesFxError, match="No space"):
         SkipPlan.uniform(text=0.5, vision=0.5).save(path)
     assert SkipPlan.load(path) == plan
