@@ -6,18 +6,16 @@ import pytest
 import torch
 
 import modes_fx
-from modes_fx.models.layers import Region
 from tests import tiny
 
 
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("region", ["moe", "layer"])
-def test_all_kinds_of_calls_of_one_model_run(region: Region) -> None:
+def test_all_kinds_of_calls_of_one_model_run() -> None:
     """One sequence or several, of one token or several, with gradients, without, and in inference mode: twelve."""
-    stock, model = tiny.make("qwen3_moe"), modes_fx.optimize(tiny.make("qwen3_moe"), region=region)
+    stock, model = tiny.one_layer(), modes_fx.optimize(tiny.one_layer())
     grad_modes = (torch.enable_grad, torch.no_grad, torch.inference_mode)
-    for grad_mode, sequences, tokens in itertools.product(grad_modes, (1, 2, 3), (1, 2, 3)):
+    for grad_mode, sequences, tokens in itertools.product(grad_modes, (1, 2), (1, 2)):
         ids = torch.arange(5, 5 + sequences * tokens).reshape(sequences, tokens)
         with grad_mode():
             torch.testing.assert_close(model(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
