@@ -17,15 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import modes_fx
 from modes_fx import demo
 from modes_fx.calib import layer_importance, search
 from modes_fx.data import Sample, load_samples, make_batches
 from modes_fx.files.writing import check_writable
+from modes_fx.models.loading import load
 
 NEW_TOKENS = 16
 
@@ -87,11 +86,9 @@ def milliseconds(model: Any, inputs: Any, new_tokens: int) -> float:
 def main() -> None:
     """Do it all."""
     options = arguments()
-    model = AutoModelForImageTextToText.from_pretrained(
-        options.model, dtype=torch.bfloat16, device_map="cpu" if options.tiny else "cuda"
-    ).eval()
-    sizes = {} if options.tiny else {"max_pixels": options.max_pixels}
-    processor = AutoProcessor.from_pretrained(options.model, **sizes)
+    place, sizes = ("cpu", {}) if options.tiny else ("cuda", {"max_pixels": options.max_pixels})
+    # as from_pretrained of the model and of AutoProcessor, but that images need no torchvision
+    model, processor = load(str(options.model), dtype="bfloat16", device_map=place, processor_settings=sizes)
     # A stock twin on the very same weights, to measure against: it takes no further memory.
     stock = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
