@@ -96,7 +96,7 @@ test-extras: $(EXTRAS)/.installed  ## run the tests that need torchao and lmms-e
 	$(EXTRAS)/bin/python -c 'import lmms_eval.evaluator, torchao'  # without them, the tests would only skip
 	$(EXTRAS)/bin/python $(PYTEST) tests/quantise tests/lmms
 
-test-vllm: $(VLLM)/.installed  ## serve by a real vLLM on this CPU, in an environment of its own (4 minutes; 3.5 GB to install)
+test-vllm: $(VLLM)/.installed  ## serve by a real vLLM on this CPU, in an environment of its own (5 minutes; 3.5 GB to install)
 	$(VLLM)/bin/python -m pytest tests/serve/engine -m "not slow" --durations 10 -o filterwarnings=ignore  # vLLM's own are many
 
 test-newest:  ## run the tests with the newest release of every dependency, in an environment of their own

@@ -66,7 +66,10 @@ class ModelError(ModesFxError, ValueError):
 
 
 class ServingError(ModesFxError, ValueError):
-    """A server was asked for what modes-fx cannot serve: it does not start, or keeps the thresholds that it has."""
+    """A server was asked for what modes-fx cannot serve: it does not start, or keeps the thresholds that it has.
+
+    Change the setting that the message names; docs/serving.md has all of them.
+    """
 
 
 class DeviceError(ModesFxError, ValueError):

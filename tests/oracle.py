@@ -28,6 +28,15 @@ def largest(weights_TK: Tensor, bound_T: Tensor) -> Tensor:
     return keep
 
 
+def token_importance(hidden_SH: Tensor, attention_NSS: Tensor, tokens: list[int]) -> dict[int, float]:
+    """MC-MoE's: the L1 norm of each token times what later ones pay attention to it, on average over these and N heads."""
+    scores = {}
+    for place, token in enumerate(tokens):
+        paid = [float(head[later, token]) for head in attention_NSS for later in tokens[place + 1 :]]
+        scores[token] = float(hidden_SH[token].abs().sum()) * (sum(paid) / len(paid) if paid else 0.0)
+    return scores
+
+
 @dataclass
 class Oracle:
     """Runs forwards of a stock model with pairs dropped, and counts them.

@@ -275,6 +275,7 @@ def test_a_token_that_may_look_at_nothing_is_padding(watched: Any, masked: torch
     told = ModalityWatch._with_padding
     assert told(torch.zeros_like(ids), {"full_attention": None, "sliding_attention": mask}).tolist() == [[2, 0, 0]]
     assert told(torch.zeros_like(ids), {"full_attention": None}).tolist() == [[0, 0, 0]]
+    assert told(torch.zeros_like(ids), may_look.long()).tolist() == [[0, 0, 0]]  # whose numbers may mean either
 
 
 @pytest.mark.usefixtures("without_inductor")

@@ -13,7 +13,7 @@ from transformers import (
 
 from modes_fx.demo.canvas import SIDE
 from modes_fx.demo.questions import WORDS
-from modes_fx.models.processor import DemoProcessor
+from modes_fx.models.images_processor import Qwen3VLImagesProcessor
 
 PATCH, MERGE, TEMPORAL = 4, 2, 2  # 64x64 pixels: 16x16 patches, merged to 64 visual tokens
 PAD, START, END, UNKNOWN = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|unknown|>"
@@ -42,7 +42,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 """
 
 
-def build_processor() -> DemoProcessor:
+def build_processor() -> Qwen3VLImagesProcessor:
     """A word-level tokenizer (white space costs no token) and an image processor that keeps 64x64 as it is."""
     vocabulary = {word: index for index, word in enumerate((*SPECIAL, "user", "assistant", *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -64,10 +64,10 @@ def build_processor() -> DemoProcessor:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return DemoProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
+    return Qwen3VLImagesProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
 
 
-def build_model(processor: DemoProcessor) -> Qwen3VLMoeForConditionalGeneration:
+def build_model(processor: Qwen3VLImagesProcessor) -> Qwen3VLMoeForConditionalGeneration:
     """The untrained model in float32: eight layers of 32 experts, of which a token uses eight."""
     tokenizer = processor.tokenizer
     hidden = 128

@@ -6,7 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from modes_fx.attach.watch import Watch
 from modes_fx.errors import ModelError
 from modes_fx.graph.backend import SkipBackend
 from modes_fx.graph.checkpoints import forget_forwards, remember_forwards
-from modes_fx.graph.experts import IMPLEMENTATION, Site, attach, dispatch_of, left_in_a_copy
+from modes_fx.graph.experts import IMPLEMENTATION, Site, attach, dispatch_of, is_expert_parallel, left_in_a_copy
 from modes_fx.graph.experts import Dispatch as ExpertsDispatch
 from modes_fx.graph.runtime import Runtime
 from modes_fx.kernels.cpu.packed import Packing
@@ -48,7 +48,6 @@ class Optimized:
         self.region: Region = region
         self.rule = rule
         self.rejections: dict[int, SiteRecord] = {}
-        self._layers = layers
         self.runtime = Runtime(layers, rule, dispatch)
         self.model_name = type(model).__name__
         self.watches: list[Watch] = []
@@ -66,11 +65,11 @@ class Optimized:
     @property
     def layers(self) -> list[MoeLayer]:
         """The model's MoE layers, as they are now: converted ones with their stand-ins."""
-        return self._layers
+        return cast("list[MoeLayer]", self.runtime.layers)  # which the runtime knows by less
 
     @layers.setter
     def layers(self, layers: list[MoeLayer]) -> None:
-        self._layers = self.runtime.layers = layers
+        self.runtime.layers = layers
 
     @property
     def rewritten(self) -> list[tuple[int, MoeLayer]]:
@@ -125,7 +124,7 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
         state.rejections |= support_quantised(layers)
         for index, layer in enumerate(state.layers):
             state.sites_before.append((layer.experts, attach(layer.experts, Site(state.runtime, index, _uncompiled))))
-            if getattr(layer.experts, "_is_expert_parallel", False) and index not in state.rejections:
+            if is_expert_parallel(layer.experts) and index not in state.rejections:
                 _take_apart(state, index)
         state.layers, state.rejections = probe(model, state.layers, state.runtime, state.rejections)
         for index in state.rejections:

@@ -212,6 +212,8 @@ class ModalityWatch(Watch):
             mask = next((each for each in mask.values() if isinstance(each, Tensor)), None)
         if not isinstance(mask, Tensor):
             return ids
+        if mask.dim() == 4 and not (mask.dtype == torch.bool or mask.is_floating_point()):
+            return ids  # which of its numbers mean "may look" is between caller and attention
         if mask.dim() == 4:
             blind = _blind(mask)
             return ids.masked_fill(blind.to(ids.device), PADDING) if blind.shape == ids.shape else ids

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from modes_fx.calib import processes
 from modes_fx.calib.estimate import estimate
-from modes_fx.calib.objective import Answers, checked, divergence_of_rows, optimized
+from modes_fx.calib.objective import Answers, divergence_of_rows, optimized
 from modes_fx.calib.resume import Tape, mistrust
-from modes_fx.calib.shapes import in_few_shapes
 from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError
 from modes_fx.files.importance_fields import Method, Mode
@@ -100,7 +99,7 @@ def layer_importance(
             raise CalibrationError(f"Unknown {name} {value!r}; known: {', '.join(known)}.")
     started, columns = time.monotonic(), _COLUMNS[mode]
     with optimized(model):
-        data = in_few_shapes(checked(batches)) if Answers(model).runs_ahead else checked(batches)
+        data = Answers(model).ready(batches)
         logger.info("importance of each layer, on %d batches, %s", len(data), method)
         if method == "estimate":
             kl, tokens, forwards = estimate(model, data, columns, on_step=on_step)

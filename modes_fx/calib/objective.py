@@ -55,10 +55,14 @@ class Answers:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._device = _input_device(model)
 
-    @property
-    def runs_ahead(self) -> bool:
-        """Whether Python runs ahead of the device, so that shapes are better few and what it returns is better not read."""
-        return self._device.type != "cpu"
+    def ready(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Return this process's batches as they are best run: in few shapes where Python runs ahead of the device.
+
+        Raises:
+            CalibrationError: One is unusable, here or on another process.
+        """
+        mine = checked(batches)
+        return mine if self._device.type == "cpu" else in_few_shapes(mine)
 
     def __call__(self, batch: Batch, *, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer; where the logits are.
@@ -128,7 +132,7 @@ class Objective:
         self._answers = Answers(model)
         self.layers = tuple(layer.name for layer in self._runtime.layers)
         self.num_layers = len(self.layers)
-        self._batches = in_few_shapes(checked(batches)) if self._answers.runs_ahead else checked(batches)
+        self._batches = self._answers.ready(batches)
         self._reference: list[Tensor] = []  # logits [answer tokens, V] of each batch, on the CPU
         samples, right = 0, 0
         logger.info("the unskipped model answers %d batches", len(self._batches))

@@ -105,9 +105,7 @@ def search(
         on_grids = len(trials.made)
         if complete:
             _refine(trials, routing, importance, chosen, grid_size, on_progress)
-        found = [
-            (target, _nearest(trials, target)) for target, (_, point) in zip(targets, chosen, strict=True) if point is not None
-        ]
+        found = [(point.target, _nearest(trials, gamma, point)) for gamma, point in chosen if point is not None]
         if not found and complete:
             raise UnreachableError(f"No target of {list(targets)} can be reached on this data.")
         if not found:
@@ -265,10 +263,20 @@ def _refine(
         on_progress(len(trials.made), len(trials.made))
 
 
-def _nearest(trials: Trials, target: float) -> Trial:
-    """Return the trial of least loss that ends within the tolerance above a target, or, without one, above it at all."""
-    enough = [trial for trial in trials.made.values() if trial.evaluation.skip_ratio >= target]
-    near = [trial for trial in enough if trial.evaluation.skip_ratio <= target + TOLERANCE]
+def _nearest(trials: Trials, gamma: float, point: FrontierPoint) -> Trial:
+    """Return the trial of least loss that ends within the tolerance above a target, or, without one, above it at all.
+
+    A trial is near for nothing if it loses more than the best point of the grids and is none of those that lie below it, where
+    the loss is no higher but for noise.
+    """
+
+    def is_near(trial: Trial) -> bool:
+        below = trial.gamma == gamma and trial.tau_text <= point.tau_text and trial.tau_vision <= point.tau_vision
+        found = trial.evaluation
+        return found.skip_ratio <= point.target + TOLERANCE and (below or found.kl <= point.loss)
+
+    enough = [trial for trial in trials.made.values() if trial.evaluation.skip_ratio >= point.target]
+    near = [trial for trial in enough if is_near(trial)]
     return min(near or enough, key=lambda trial: (trial.evaluation.kl, -trial.evaluation.skip_ratio, trial.tau_text))
 
 

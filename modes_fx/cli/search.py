@@ -117,7 +117,7 @@ def say_worse(points: Sequence[Worse]) -> None:
     """Print which targets lose more than Reduce-k, and what to do."""
     for worse in points:
         console.print(
-            f"Target {worse.target:g} is worse than the plainest rule: on the data held back it skips {worse.ratio:.1%} at a "
+            f"Target {worse.target:g} is worse than the plainest rule: on the held-out data it skips {worse.ratio:.1%} at a "
             f"KL of {worse.kl:.1e}, where keeping each token's {worse.k} largest weights costs {worse.kl_of_k:.1e}. Search "
             "with more --samples or a larger --grid-size.",
             highlight=False,
@@ -126,7 +126,7 @@ def say_worse(points: Sequence[Worse]) -> None:
 
 def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
     table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("target", "skipped", "text", "vision", "KL, nats", "held back", "at best", "gamma"):
+    for heading in ("target", "skipped", "text", "vision", "KL, nats", "held out", "at best", "gamma"):
         table.add_column(heading, justify="right", no_wrap=True)
     bounds = {row["target"]: row for row in facts["lower_bounds"]}
     for point in plan.points:

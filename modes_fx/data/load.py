@@ -74,14 +74,15 @@ class Samples(Sequence[Sample]):
         return iter(self._samples)
 
     def held_back(self, share: float) -> tuple[Samples, Samples]:
-        """Return most of the samples, and the others, every n-th, for what is to be seen once the first have been used.
+        """Return most of the samples, and the others, spread evenly, for what is to be seen once the first have been used.
 
         Args:
-            share: Of the others, in (0, 0.5].
+            share: Of the others, in [0, 1].
         """
-        step = round(1 / share)
-        first = [sample for index, sample in enumerate(self._samples, 1) if index % step]
-        return Samples(first, self.report), Samples(self._samples[step - 1 :: step], self.report)
+        others = [int((index + 1) * share) > int(index * share) for index in range(len(self))]
+        parts = ([sample for sample, other in zip(self, others, strict=True) if other is chosen] for chosen in (False, True))
+        first, rest = (Samples(part, self.report) for part in parts)
+        return first, rest
 
 
 def load_samples(

@@ -71,11 +71,6 @@ def attach(experts: nn.Module, site: Site | None) -> Site | None:
     return before
 
 
-def is_attached(experts: nn.Module) -> bool:
-    """Return whether experts know their site in an optimised model."""
-    return _ATTRIBUTE in vars(experts)
-
-
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run the experts of an optimised model; transformers calls this under the name ``modes_fx``.
 
@@ -144,7 +139,12 @@ def dispatch_of(experts: Any) -> Dispatch:
     if hasattr(type(experts), "dispatch"):
         own: Dispatch = type(experts).dispatch
         return own
-    return held_dispatch if getattr(experts, "_is_expert_parallel", False) else marked_dispatch
+    return held_dispatch if is_expert_parallel(experts) else marked_dispatch
+
+
+def is_expert_parallel(experts: nn.Module) -> bool:
+    """Return whether other processes hold some of a layer's experts, as transformers marks it."""
+    return bool(getattr(experts, "_is_expert_parallel", False))
 
 
 def marked(experts: nn.Module, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ class InForce:
         tables: float32, the rule's table of each layer; () for a rule without.
         budget: What sets the bounds of prefills as they go; None where ``bounds`` holds.
         keeps_all: Whether no pair can be dropped, so that nothing depends on the modality.
-        rows: ``bounds`` of each phase and layer, views; () in a copy, of which a forward uses each but once.
+        rows: ``bounds`` of each phase and layer, on a CPU: no views, whose base's sizes dynamo would look at in each call. ()
+            elsewhere, where a forward has a copy of ``bounds``, of which it uses each row but once.
     """
 
     bounds: Tensor
@@ -46,14 +47,15 @@ class InForce:
                 bounds[..., :PADDING] = fixed
             bounds = bounds.to(device)
             budget = given.to(device) if isinstance(given, Budget) else None
-            return cls(bounds, tuple(table.to(device) for table in tables), budget, given is None, _rows(bounds))
+            rows = _rows(bounds) if device.type == "cpu" else ()
+            return cls(bounds, tuple(table.to(device) for table in tables), budget, given is None, rows)
 
     def holding(self, other: InForce) -> InForce:
         """Return what another one says, in the memory of this one, where captured CUDA graphs read it; on the same device."""
         with torch.inference_mode(False):
             for mine, theirs in zip((self.bounds, *self.tables), (other.bounds, *other.tables), strict=True):
                 mine.copy_(theirs)
-        return replace(other, bounds=self.bounds, tables=self.tables, rows=self.rows)
+        return replace(other, bounds=self.bounds, tables=self.tables)
 
     def marked_static(self) -> InForce:
         """Tell dynamo that the tensors stay where they are: CUDA graphs then read them instead of copying them in."""
@@ -71,4 +73,4 @@ class InForce:
 
 
 def _rows(bounds: Tensor) -> tuple[tuple[Tensor, ...], ...]:
-    return tuple(phase.unbind(0) for phase in bounds.unbind(0))
+    return tuple(tuple(row.clone() for row in phase) for phase in bounds)

@@ -8,13 +8,13 @@ from transformers import Qwen3VLMoeForConditionalGeneration
 
 from modes_fx.errors import ModelError
 from modes_fx.files.shipped import check_checkpoint
+from modes_fx.models.images_processor import Qwen3VLImagesProcessor
 from modes_fx.models.locating import CHECKPOINT
-from modes_fx.models.processor import DemoProcessor
 
 
 def load(
     dtype: torch.dtype = torch.bfloat16, *, folder: str | os.PathLike[str] | None = None
-) -> tuple[Qwen3VLMoeForConditionalGeneration, DemoProcessor]:
+) -> tuple[Qwen3VLMoeForConditionalGeneration, Qwen3VLImagesProcessor]:
     """Load the embedded model, or another of its kind, and its processor.
 
     Args:
@@ -34,7 +34,7 @@ def load(
         raise ModelError(f"There is no model in {path}: it has no config.json. Pass a folder written by save_pretrained.")
     try:
         model = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
-        processor = DemoProcessor.from_pretrained(path, local_files_only=True)
+        processor = Qwen3VLImagesProcessor.from_pretrained(path, local_files_only=True)
     except Exception as error:  # a damaged file may raise anything
         raise ModelError(f"Cannot load a Qwen3-VL-MoE model and its processor from {path}: {error}") from error
     return model.eval(), processor

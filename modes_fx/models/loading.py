@@ -62,9 +62,9 @@ def load(
     Raises:
         ModelError: There is no such model, or it or its processor cannot be loaded whole.
     """
-    from modes_fx.models import embedded
-
     if name == DEMO:
+        from modes_fx.models import embedded
+
         if device_map is not None:
             raise ModelError(f"The embedded model goes to one device; it takes no device map, got {device_map!r}.")
         if processor_settings:
@@ -116,10 +116,12 @@ def _processor_class(model_type: str) -> Any:
     """Return what loads a processor: Qwen3-VL's without its video processor, where there is no torchvision for that."""
     from transformers import AutoProcessor
 
-    from modes_fx.models.processor import DemoProcessor
+    from modes_fx.models.images_processor import Qwen3VLImagesProcessor
 
     images_alone = model_type in ("qwen3_vl", "qwen3_vl_moe") and importlib.util.find_spec("torchvision") is None
-    return DemoProcessor if images_alone else AutoProcessor
+    if images_alone:
+        logger.info("torchvision is not installed: the processor takes images, and no videos")
+    return Qwen3VLImagesProcessor if images_alone else AutoProcessor
 
 
 def _load_processor(name: str, kind: Any, trust_remote_code: bool, sees_images: bool, settings: Mapping[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modes_fx.errors import ModelError
+from modes_fx.graph.experts import is_expert_parallel
 
 if TYPE_CHECKING:
     from transformers.distributed.expert_parallel import EPImplementation
@@ -21,7 +22,7 @@ def expert_parallel(experts: nn.Module) -> EPImplementation | None:
     transformers puts a function in the place of such a module's ``forward``, which calls it.
     """
     forward = vars(experts).get("forward")
-    if not getattr(experts, "_is_expert_parallel", False):
+    if not is_expert_parallel(experts):
         return None
     if inspect.isfunction(forward):
         return inspect.getclosurevars(forward).nonlocals.get("implementation")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from modes_fx.errors import ModelError, NoRoutingSiteError
-from modes_fx.graph.experts import is_attached
+from modes_fx.graph.experts import site_of
 from modes_fx.models.layers import MoeLayer, find_moe_layers, no_moe_layer
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def quantise_experts(model: nn.Module, bits: Literal[8, 4], *, group_size: int =
     layers = find_moe_layers(model)
     if not layers:
         raise NoRoutingSiteError(no_moe_layer(model))
-    if any(is_attached(layer.experts) for layer in layers):
+    if any(site_of(layer.experts) is not None for layer in layers):
         raise ModelError("The model is optimised. Quantise it first: modes_fx.restore(model), quantise, optimise again.")
     for layer in layers:
         _check(layer, bits, group_size)

@@ -20,3 +20,13 @@ def test_all_kinds_of_calls_of_one_model_run() -> None:
         with grad_mode():
             torch.testing.assert_close(model(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
     assert modes_fx.report(model).graphs > torch._dynamo.config.recompile_limit
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_where_sizes_are_dynamic_two_sequences_are_as_good_as_three() -> None:
+    """Thresholds are a row of a table of two phases, by whose size two sequences must not be told from others."""
+    model = modes_fx.optimize(tiny.one_layer(), dynamic=True)
+    for sequences, tokens in ((2, 5), (3, 5), (3, 3), (2, 2), (5, 2)):
+        with torch.no_grad():
+            model(torch.arange(5, 5 + sequences * tokens).reshape(sequences, tokens), use_cache=False)
+    assert modes_fx.report(model).graphs == 1

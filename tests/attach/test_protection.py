@@ -70,11 +70,7 @@ class ProtectingOracle(oracle.Oracle):
         self._mine = torch.zeros_like(real)
         for row in range(len(real)):
             here = real[row].nonzero().flatten().tolist()
-            scores = {}
-            for place, token in enumerate(here):
-                later = here[place + 1 :]
-                paid = [float(output[1][row, head, i, token]) for head in range(output[1].shape[1]) for i in later]
-                scores[token] = float(self._hidden[row, token].abs().sum()) * (sum(paid) / len(paid) if paid else 0.0)
+            scores = oracle.token_importance(self._hidden[row], output[1][row], here)
             for token in sorted(here, key=lambda token: -scores[token])[: math.ceil(0.02 * len(here))]:
                 self._mine[row, token] = True
 

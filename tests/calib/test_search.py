@@ -5,14 +5,15 @@ import itertools
 import math
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import modes_fx
-from modes_fx.calib import Importance, Objective, Trial, search
-from modes_fx.calib.search import score_grid
+from modes_fx.calib import Evaluation, FrontierPoint, Importance, Objective, Trial, search
+from modes_fx.calib.search import _nearest, score_grid
 from modes_fx.calib.trials import data_hash
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.optimize import optimized_state
@@ -93,6 +94,25 @@ def test_it_ends_where_it_was_sent_or_as_near_as_the_scores_allow(plan: SkipPlan
     on_grids = [trial.evaluation.skip_ratio for trial in trials[: -facts["refined"]]]
     nearest = [min(ratio for ratio in on_grids if ratio >= target) for target in TARGETS]
     assert sum(plan.point(target).realised["calibration"] for target in TARGETS) < sum(nearest)
+
+
+def test_what_ends_near_its_target_is_not_worse_than_the_best_of_the_grids() -> None:
+    """Of the trials that reach a target: near ones count if they lie below the grids' best point, or lose no more."""
+    best = FrontierPoint(0.5, 0.2, 0.4, loss=1e-3, ratio=0.53)
+
+    def trial(gamma: float, text: float, vision: float, kl: float, ratio: float) -> Trial:
+        return Trial(gamma, text, vision, Evaluation(kl, ratio, ratio, ratio, 1.0))
+
+    on_grids = trial(0.5, 0.2, 0.4, 1e-3, 0.53)
+    elsewhere, below = trial(0.0, 0.9, 0.9, 5e-2, 0.501), trial(0.5, 0.2, 0.38, 1.1e-3, 0.504)
+    missed, better = trial(0.5, 0.2, 0.3, 1e-4, 0.49), trial(0.0, 0.1, 0.6, 9e-4, 0.502)
+    for made, expected in (
+        ([on_grids, elsewhere, missed], on_grids),
+        ([on_grids, elsewhere, below, missed], below),
+        ([on_grids, elsewhere, below, better], better),
+    ):
+        trials: Any = types.SimpleNamespace(made=dict(enumerate(made)))
+        assert _nearest(trials, 0.5, best) is expected
 
 
 def test_held_out_data_is_measured(plan: SkipPlan, held_out: list[Batch]) -> None:

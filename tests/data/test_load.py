@@ -43,6 +43,9 @@ def test_some_samples_can_be_held_back_evenly(tmp_path: Path) -> None:
     assert [sample.answer for sample in held] == ["4", "9"]
     assert [sample.answer for sample in kept] == ["0", "1", "2", "3", "5", "6", "7", "8", "10"]
     assert held.report is kept.report is samples.report
+    assert [len(part) for part in samples.held_back(0.3)] == [8, 3]
+    assert [len(part) for part in samples.held_back(0.5)] == [6, 5]
+    assert [len(part) for part in samples.held_back(0.01)] == [11, 0]
 
 
 def rows_with_faults(folder: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,11 @@
-"""Qwen3-VL's processor without the video processor, whose every class needs torchvision: the demo's."""
+"""Qwen3-VL's processor without the video processor, whose every class needs torchvision."""
 
 from typing import Any
 
 from transformers import Qwen2VLImageProcessorPil, Qwen3VLProcessor
 
 
-class DemoProcessor(Qwen3VLProcessor):
+class Qwen3VLImagesProcessor(Qwen3VLProcessor):
     """Images by PIL and text; expands an image's placeholder to its visual tokens and marks them.
 
     `ProcessorMixin` reads a processor's parts off the signature of `__init__`: leaving `video_processor` out of it is
