@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.decorators import skip
 from torch._dynamo.eval_frame import remove_from_cache
-from torch._dynamo.exc import BackendCompilerFailed, Unsupported, UserError
+from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from modes_fx.errors import ModelError, ModesFxError
@@ -34,9 +35,6 @@ _SMALLER_REGION = 'Use region="moe", which leaves attention and caches alone.'
 _HOOKS_CAME_LATER = "accelerate's hooks were added after optimize(): call modes_fx.optimize() again."
 _CHANGED_LATER = "If it was quantised or given adapters after optimize(): call modes_fx.optimize() again."
 _REASON = "modes_fx compiles this module itself"
-_KINDS: Any = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
-"""One sequence or several, of one token or several, with gradients, without, in inference mode: that is twelve graphs. torch's
-own limit is eight, and what needs another one raises."""
 _CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 Compiled = Callable[..., Any]
@@ -199,27 +197,52 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
     return _compiled(call, backend, dynamic, advice=_SMALLER_REGION)
 
 
+class _Graphs:
+    """A function of a module compiled as one graph, with a cache of graphs of its own, which goes when this goes."""
+
+    def __init__(self, call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> None:
+        own = own_code(call)
+        self.run = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic, **_LIMIT)
+        # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
+        weakref.finalize(self, remove_from_cache, own.__code__).atexit = False
+
+
+_LIMIT: Any = {"recompile_limit": 64} if "recompile_limit" in inspect.signature(torch.compile).parameters else {}
+"""A module that is called from Python has twelve graphs by itself (one sequence or several, of one token or several, with
+gradients, without, in inference mode), where torch's own limit is eight."""
+
+
 def _compiled(call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None, *, advice: str) -> Compiled:
-    """Compile a function of a module as one graph, with a cache of graphs of its own, which goes when the function goes."""
-    own = own_code(call)
-    compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic, **_KINDS)
+    """Return a function of a module, compiled as one graph for each kind of call.
+
+    NOTE [threads make graphs anew] Guards are not safe from other threads (pytorch/pytorch#118260): now and then one fails
+    that holds, and the same graph is made again. A server's threads so come to any limit, at which torch raises: then all
+    begins anew.
+    """
+    graphs, lock = _Graphs(call, backend, dynamic), threading.Lock()
 
     @skip
     def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return compiled(module, *args, **kwargs)
-        except BackendCompilerFailed as error:
-            if isinstance(error.inner_exception, ModesFxError):  # say what is wrong, without dynamo's wrapping
-                raise error.inner_exception from None
-            raise
-        except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
-            raise ModelError(
-                f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
-                + (_HOOKS_CAME_LATER if has_accelerate_hooks(module) else advice)
-            ) from error
+        nonlocal graphs
+        while True:
+            mine = graphs
+            try:
+                return mine.run(module, *args, **kwargs)
+            except FailOnRecompileLimitHit:
+                with lock:
+                    if graphs is mine:
+                        logger.info("%s: as many graphs as torch keeps; they are made anew", type(module).__name__)
+                        graphs = _Graphs(call, backend, dynamic)
+            except BackendCompilerFailed as error:
+                if isinstance(error.inner_exception, ModesFxError):  # say what is wrong, without dynamo's wrapping
+                    raise error.inner_exception from None
+                raise
+            except (Unsupported, UserError, GuardOnDataDependentSymNode) as error:
+                raise ModelError(
+                    f"{type(module).__name__} cannot be traced as one graph, so it cannot be a region: {_first_line(error)} "
+                    + (_HOOKS_CAME_LATER if has_accelerate_hooks(module) else advice)
+                ) from error
 
-    # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
-    weakref.finalize(run, remove_from_cache, own.__code__).atexit = False
     return run
 
 

@@ -154,7 +154,8 @@ def _print(facts: dict[str, Any], plan: Any, out: Path) -> None:
             "each point reaches its target on these data, but a better one may have been missed."
         )
     console.print(
-        f"{facts['evaluations']} evaluations ({facts['from_journal']} from the journal) instead of {facts['exhaustive']}, "
+        f"{facts['evaluations']} evaluations ({facts['from_journal']} from the journal), {facts['refined']} of them off the "
+        f"grids, which have {facts['exhaustive']:,} choices; "
         f"{facts['seconds']:.0f} s. Written to {escape(str(out))}",
         highlight=False,
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import modes_fx
+from modes_fx.attach import regions
 from tests import tiny
 
 
@@ -30,3 +31,16 @@ def test_where_sizes_are_dynamic_two_sequences_are_as_good_as_three() -> None:
         with torch.no_grad():
             model(torch.arange(5, 5 + sequences * tokens).reshape(sequences, tokens), use_cache=False)
     assert modes_fx.report(model).graphs == 1
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_at_torchs_limit_graphs_are_made_anew(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Threads make the same graph again and again, until there are too many."""
+    monkeypatch.setattr(regions, "_LIMIT", {"recompile_limit": 2})
+    stock, model = tiny.one_layer(), modes_fx.optimize(tiny.one_layer())
+    with caplog.at_level("INFO", "modes_fx.attach.regions"), torch.no_grad():
+        for sequences, tokens in ((1, 1), (1, 3), (3, 1), (3, 3), (1, 1)):
+            ids = torch.arange(5, 5 + sequences * tokens).reshape(sequences, tokens)
+            torch.testing.assert_close(model(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
+    assert caplog.text.count("they are made anew") == 2
+    assert modes_fx.report(model).graphs == 5
