@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_check [--parts block decode] [--limit 60] [--json FILE]
     python -m benchmarks.gpu_check --tiny    # the same code on a CPU, with toy shapes: its ratios mean nothing
 
-For a machine that one has once: eleven minutes at most on an H100, eight without the parts `sizes` and `calibration`, from a
+For a machine that one has once: eleven minutes at most, eight without the parts `sizes` and `calibration`, from a
 checkout whose `dev` extra is installed. Each part is a process of its own with so many seconds: one that fails, crashes or is
 stopped leaves its lines of the table open and the others alone, and the file is written after each. A ratio is the median over
 rounds of time / time of the fastest stock setting in the same rounds; lines without a goal say what to set in
