@@ -71,7 +71,7 @@ def test_loading_and_building_say_so(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "modes_fx"):
         load(str(CHECKPOINT))
         modes_fx.inspect(CHECKPOINT)
-    said = [record.getMessage() for record in caplog.records]
+    said = [text for record in caplog.records if "torchvision" not in (text := record.getMessage())]  # where it is missing
     assert said[:2] == [f"loading the qwen3_vl_moe model {CHECKPOINT}", "building the qwen3_vl_moe model without its weights"]
 
 

@@ -84,8 +84,6 @@ def test_another_plan_is_written_where_captured_graphs_read_it() -> None:
     held = first.holding(other)
     assert held.bounds.data_ptr() == address
     assert held.bounds.equal(other.bounds)
-    assert held.rows[1][1].equal(other.rows[1][1])
-    assert held.rows[1][1].untyped_storage().data_ptr() == address
 
 
 def test_a_forward_elsewhere_than_on_a_cpu_reads_a_copy_of_all_that_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
