@@ -59,7 +59,8 @@ def _subtitle(facts: Facts) -> str:
     names = ", ".join(short_names(models).values())
     several = f"mean of {len(models)} models ({names})" if len(models) > 1 else names
     rules = len({row["rule"] for row in facts["rows"]})
-    return f"{several}: {rules} rule{'s' * (rules > 1)} at equal skip ratios, on {samples:,} test samples."
+    at = "decode steps that read equally many experts" if page_tables.decoded(facts) else "at equal skip ratios"
+    return f"{several}: {rules} rule{'s' * (rules > 1)}, {at}, on {samples:,} test samples."
 
 
 def _headline(facts: Facts) -> str:
@@ -70,7 +71,7 @@ def _headline(facts: Facts) -> str:
     best = min((row for row in met if row["target"] == most), key=lambda row: row["metrics"]["kl"])
     metrics, skipped = best["metrics"], best["skipped"]
     values = [
-        (percent(skipped["all"]), "of the expert calls on test data are skipped"),
+        (percent(skipped["all"]), f"of the {page_tables.counted(facts)} on test data are skipped"),
         (short(metrics["kl"]), "nats of KL divergence from the unskipped model, an answer token"),
     ]
     if "retained" in metrics:
@@ -206,7 +207,8 @@ def _measured(facts: Facts) -> list[str]:
         "Stock's fastest": next(iter(facts["models"].values()))["stock"].get("fastest", {}),
         "Versions": {name.replace("_", "-"): value for name, value in settings.get("versions", {}).items()},
     }  # fmt: skip
-    said = (
+    what = "Skipped are experts that a decode step does not read, of those that the unskipped model's read. "
+    said = (what if page_tables.decoded(facts) else "") + (
         "Each rule is tuned on calibration data to skip at least its target, and measured on test data that it never saw. All "
         "are compiled into the model and really skip."
     )
