@@ -133,8 +133,8 @@ def compare(
                 progress=lambda part, done, total, name=names[name]: bars(f"{name}: {part}", done, total),
             )  # fmt: skip
         settings = {
-            "models": models, "targets": list(targets), "phase": phase, "importance_mode": importance_mode, "grid_size": grid_size,
-            "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype, "versions": versions(),
+            "models": models, "targets": list(targets), "phase": phase, "importance_mode": importance_mode,
+            "grid_size": grid_size, "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype, "versions": versions(),
         }  # fmt: skip
         paths = write(found, settings, out, closeups[0] if closeups else None)
     _print(mean_rows(found), found, [str(path) for path in paths])
@@ -189,7 +189,7 @@ def _print(rows: Sequence[Row], found: Mapping[str, Comparison], paths: Sequence
     if any(row.status == "overshot" for row in rows):
         console.print("[yellow]Yellow[/]: the rule has no setting nearer above its target.")
     if decoded:
-        console.print("unread: experts that decode steps do not read, of those that the unskipped model's read. pairs: skipped.")
+        console.print("unread: experts that decode steps leave, of those that the unskipped model's read. pairs: skipped.")
     console.print(
         "KL: nats an answer token. flips: answer tokens whose likeliest token changes. retained: score / unskipped score."
     )

@@ -3,8 +3,8 @@
 Source: the package ``adaptive-k-routing`` (PyPI, 0.1.5), which takes the smallest K of a ladder whose entropy threshold lies
 above the token's; its defaults are 1 below 0.6 nats, 2 below 1.2, else 4. These thresholds are ``0.866 * ln(2 K)``, so one
 bound in the place of the 0.866 moves them all, and gives the ladder a step for each power of two up to K. Adapted: the package
-takes the entropy of the softmax over all experts; here it is that of the K weights dispatched, scaled to sum to 1, which is what
-there is behind any router. Survivors take over the whole sum, as there.
+takes the entropy of the softmax over all experts; here it is that of the K weights dispatched, scaled to sum to 1, which are
+there behind any router. Survivors take over the whole sum, as there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from modes_fx.policies.ranks import ranks
 from modes_fx.policies.rule import Rule
 from modes_fx.policies.survivors import taking_over
+
 _LADDER = tuple(2**power for power in range(8))
 
 
@@ -40,7 +41,8 @@ def _entropy(weights_TK: Tensor) -> Tensor:
     """Return that of each token in nats, [T, 1]; 0 where all weights are 0."""
     mass_TK = weights_TK.clamp(min=0)
     share_TK = mass_TK / mass_TK.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.special.entr(share_TK).sum(dim=1, keepdim=True)
+    entropy: Tensor = torch.special.entr(share_TK).sum(dim=1, keepdim=True)
+    return entropy
 
 
 RULE = Rule(fewer_where_sure, keep_all=0.0, skip_all=math.inf)

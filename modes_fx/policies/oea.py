@@ -3,8 +3,8 @@
 Source: arXiv 2511.02237, in its simple form: a baseline of the k0 largest of each token, and the token's other experts where
 they are in the baseline of any, weights renormalised over what is computed. Adapted: a token takes on experts among its own K,
 where the paper, which has the whole softmax, also goes down the ranks behind K; and survivors take over the sum that the K had,
-which is renormalising where the router does. ``batch_threshold`` with a slack of 1 is the same idea with thresholds in the place
-of k0, and keeps the weights.
+which is renormalising where the router does. ``batch_threshold`` with a slack of 1 is the same idea with thresholds in the
+place of k0, and keeps the weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Top-p: as many experts as it takes to gather the weight p, few for a token that one expert is enough for.
 
-Source: "Harder Tasks Need More Experts", arXiv 2403.07652, where a model is trained with it and p is a share of the softmax over
-all experts. Adapted: without training, and within the K experts that the router chose, by the weights as they are dispatched.
+Source: "Harder Tasks Need More Experts", arXiv 2403.07652, where a model is trained with it and p is a share of the softmax
+over all experts. Adapted: without training, and within the K experts that the router chose, by the weights as dispatched.
 Where a router does not renormalise these, they are the softmax's own, and the rule is the paper's, cut off at K. Where it does,
 p is a share of the K, and the rule is NAEE's (``naee``) at ``beta = 1 - p`` with one beta for all layers. As in the paper,
 survivors keep their weights.

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import modes_fx
-
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies.oea import open_tables
 from tests import harness, oracle, tiny

@@ -135,7 +135,7 @@ def test_a_rule_that_asks_for_what_there_is_not_is_refused() -> None:
         Rule(lambda weights_TK, bound_T, logits_TE: weights_TK > 0, 0.0, 1.0)
     with pytest.raises(ModesFxError, match="table_EE, table_1"):
         Rule(lambda weights_TK, bound_T, table_EE, table_1: weights_TK > 0, 0.0, 1.0)
-    with pytest.raises(ModesFxError, match="re-routes by .* in this order; this one asks for table_EE, expert_ids_TK"):
+    with pytest.raises(ModesFxError, match=r"re-routes by .* in this order; this one asks for table_EE, expert_ids_TK"):
         Rule(all_but_padding, 0.0, 1.0, reroute=lambda weights_TK, bound_T, table_EE, expert_ids_TK: expert_ids_TK)
     with pytest.raises(ModesFxError, match="asks for expert_ids_TK, table_E"):  # one table, not two
         Rule(RULES["oea"].keep, 0.0, 1.0, reroute=RULES["sere"].reroute)

@@ -125,7 +125,7 @@ ABLATION = ("threshold", "gmlg", "dmt", "modes", "tempered")
 
 
 def taking_part(phase: Phase) -> tuple[str, ...]:
-    """Return the names of all contenders of a phase. In decode steps all tokens are text: pairs of thresholds are single ones."""
+    """Return the names of all contenders of a phase. Decoded tokens are text: of two thresholds one would do nothing."""
     return tuple(name for name, one in CONTENDERS.items() if one.phase in (None, phase))
 
 

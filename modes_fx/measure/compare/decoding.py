@@ -42,7 +42,7 @@ class DecodedAnswers(Answers):
                 raise CalibrationError(f"Batch {index} is padded on the right; decoding needs padding on the left.")
             decoded = batch["input_ids"][:, first:]
             if bool(torch.isin(decoded, torch.tensor(vision_token_ids(self._model.config), dtype=decoded.dtype)).any()):
-                raise CalibrationError(f"Batch {index} has pictures behind the beginning of an answer, which nothing can decode.")
+                raise CalibrationError(f"Batch {index} has pictures behind the beginning of an answer: nothing decodes those.")
             if decoded.shape[1] < 2:
                 raise CalibrationError(f"Batch {index} has answers of one token: no decode step computes any.")
         return found

@@ -61,7 +61,7 @@ def everything(facts: Mapping[str, Any]) -> list[str]:
     """Return all rows, by target; the least KL divergence of each stands out."""
     rows = facts["rows"]
     timed = any(row["speed"] for row in rows)
-    ratios = ("all", "text", "vision", "prefill", "decode") if timed else ("all", "text", "vision")
+    ratios: tuple[str, ...] = ("all", "text", "vision", "prefill", "decode") if timed else ("all", "text", "vision")
     if decoded(facts):
         ratios = ("all", "decode")  # of experts, and of pairs
     own = next(iter(facts["models"].values()))["own"]

@@ -299,13 +299,12 @@ class _Match:
     def _tune_gammas(
         self, name: str, one: Contender, data: Measurements, known: Calibrated
     ) -> list[tuple[Tuned | None, SkipPlan | None, float]]:
-        """Tune one threshold, since there is one modality, under each gamma; that of least loss on calibration data is taken."""
-        tuners = {
-            gamma: Tuner(
-                lambda scale, gamma=gamma: data.on_calibration(name, one.plan(known, scale, gamma)), tolerance=self.tolerance
-            )
-            for gamma in one.gammas
-        }
+        """Tune one threshold, since all tokens are text, under each gamma; take that of least loss on calibration data."""
+
+        def tuner_of(gamma: float) -> Tuner:
+            return Tuner(lambda scale: data.on_calibration(name, one.plan(known, scale, gamma)), tolerance=self.tolerance)
+
+        tuners = {gamma: tuner_of(gamma) for gamma in one.gammas}
         results: list[tuple[Tuned | None, SkipPlan | None, float]] = []
         for target in self.targets:
             found = {gamma: tuned for gamma, tuner in tuners.items() if (tuned := tuner.reach(target))}
