@@ -134,7 +134,8 @@ def compare(
             )  # fmt: skip
         settings = {
             "models": models, "targets": list(targets), "phase": phase, "importance_mode": importance_mode,
-            "grid_size": grid_size, "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype, "versions": versions(),
+            "grid_size": grid_size, "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype,
+            "versions": versions(),
         }  # fmt: skip
         paths = write(found, settings, out, closeups[0] if closeups else None)
     _print(mean_rows(found), found, [str(path) for path in paths])
