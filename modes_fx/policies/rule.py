@@ -73,7 +73,7 @@ class Rule:
                 f"this one asks for {', '.join(asked)}."
             )
         moved = () if self.reroute is None else _asked(self.reroute)
-        if moved and (len(moved) != 2 or moved[0] != _EXPERT_IDS or moved[1] not in _TABLES):
+        if self.reroute is not None and (moved[:1] != (_EXPERT_IDS,) or moved[1:] not in {(name,) for name in _TABLES}):
             raise ModesFxError(
                 f"A rule re-routes by weights_TK, bound_T, expert_ids_TK and one of {', '.join(_TABLES)}, in this order; "
                 f"this one asks for {', '.join(moved)}."
@@ -139,8 +139,9 @@ def rerouted(
 
     It is traced as it stands, in front of the marker: plain operations on ids, of which no pass knows.
     """
-    if rule.reroute is None or table is None:
+    if rule.reroute is None:
         return expert_ids_TK
+    assert table is not None, "a rule that re-routes has a table"
     return rule.reroute(weights_TK.float(), bounds[token_class], expert_ids_TK, table)
 
 

@@ -132,3 +132,19 @@ def test_sere_moves_what_is_alike_and_reads_what_is_not() -> None:
 def test_they_are_about_decode_steps_alone() -> None:
     assert [name for name, rule in RULES.items() if rule.decode_only] == ["oea", "sere"]
     assert [name for name, rule in RULES.items() if rule.reroute] == ["sere"]
+
+
+def test_generated_code_moves_pairs_alike() -> None:
+    rule, draw = RULES["sere"], torch.Generator().manual_seed(0)
+    weights, ids = torch.rand(9, 32, generator=draw).softmax(1).topk(4)
+    classes, bounds = torch.arange(9) % 3, torch.tensor([0.8, 2.0, math.inf])
+    table = torch.rand(32, 32, generator=draw) * 2
+
+    def move(*given: Tensor) -> Tensor:
+        return rerouted(rule, *given)
+
+    for first in (9, 4):
+        given = ids[:first], weights[:first], classes[:first], bounds, table
+        moved = torch.compile(move, fullgraph=True)(*given)
+        assert moved.equal(move(*given))
+        assert not moved.equal(ids[:first])
