@@ -22,6 +22,7 @@ _NO_SAMPLES = (
     "No samples: the rule to look at closely reaches no target (lower --targets), or the model could not answer them, of which "
     "the command told."
 )
+_NOT_IN_DECODE = "No samples: they are shown where prefills are compared (--phase prefill)."
 _TALL_IN = (4.2, 3.5)  # room for the names of many rules
 
 
@@ -172,7 +173,7 @@ def _search(facts: Facts) -> list[str]:
 
 def _samples(facts: Facts, closeup: Closeup | None) -> list[str]:
     if closeup is None:
-        return [paragraph(_NO_SAMPLES, "missing")]
+        return [paragraph(_NOT_IN_DECODE if page_tables.decoded(facts) else _NO_SAMPLES, "missing")]
     return [paragraph(f"Answers with all experts, and with {_shown(facts)}."), pictures(closeup)]
 
 

@@ -111,7 +111,8 @@ def compare(
         timed: Whether to time each row against stock transformers' fastest setting; in prefill comparisons.
         journal: File that each measurement is written to as it is made, and read from: a comparison that was cut off goes on
             where it stopped. It may serve several models and sets of data, each of which finds its own.
-        look: Called with the optimised model, and the plan of ``own_rule`` at the largest target that it reaches.
+        look: Called with the optimised model, and the plan of ``own_rule`` at the largest target that it reaches; in prefill
+            comparisons, whose plans hold for whole answers.
         progress: Told of each step.
 
     Raises:
@@ -142,7 +143,7 @@ def compare(
         records = records.under("decode")
     match = _Match(model, tune, held, sorted(set(targets)), grid_size, tolerance, seed, records, progress)
     match.phase = phase
-    match.own, match.look = own_rule(list(chosen)), look
+    match.own, match.look = own_rule(list(chosen)), look if phase == "prefill" else None
     if timed:
         match.prepare_timing()
     try:
