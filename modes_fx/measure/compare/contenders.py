@@ -96,8 +96,8 @@ class Contender:
 
 
 _OF_LARGEST = ("reduce_k", "oea")
-_EACH_EXPERT = {"oea": 1.0, "batch_threshold": 0.5}
-"""What the table of a rule says of every expert."""
+_EACH_EXPERT = {"oea": 1.0, "batch_threshold": 1.0}
+"""What the table of a rule says of every expert. At equal experts read, slack is free: it has no expert more read."""
 
 _BETAS, _ALPHA = frozenset({"betas"}), frozenset({"importance"})
 
@@ -112,7 +112,8 @@ CONTENDERS: dict[str, Contender] = {
     "entropy_k": Contender("K by entropy", "entropy_k"),
     "oea": Contender("OEA", "oea", phase="decode"),
     "sere": Contender("SERE", "sere", frozenset({"similarity"}), phase="decode"),
-    "batch_threshold": Contender("threshold, slack 0.5", "batch_threshold", phase="decode"),
+    "batch_threshold": Contender("threshold, slack 1", "batch_threshold", phase="decode"),
+    "batch_tempered": Contender("tempered, slack 1", "batch_threshold", _ALPHA, GAMMAS, phase="decode"),
     "threshold": Contender("threshold only", "threshold"),
     "gmlg": Contender("GMLG only", "threshold", _ALPHA),
     "dmt": Contender("DMT only", "threshold", gammas=(0.0,), phase="prefill"),

@@ -72,7 +72,7 @@ def test_it_measures_what_an_eager_model_does_step_by_step(vlm: nn.Module) -> No
 
 
 def test_rules_are_compared_at_equal_numbers_of_experts_read(vlm: nn.Module) -> None:
-    rules = ("oea", "sere", "batch_threshold", "tempered", "reduce_k")
+    rules = ("oea", "sere", "batch_threshold", "batch_tempered", "reduce_k")
     found = compare(vlm, CALIBRATION, TEST, (0.2, 0.9), rules, phase="decode", tolerance=0.05)
     assert found.phase == "decode"
     rows = {(row.rule, row.target): row for row in found.rows}
@@ -85,12 +85,12 @@ def test_rules_are_compared_at_equal_numbers_of_experts_read(vlm: nn.Module) -> 
         assert row.skipped["calibration"] >= target
         assert set(row.skipped) == {"calibration", "all", "decode"}
     assert rows["sere", 0.2].skipped["decode"] == 0.0  # no pair is dropped
-    assert rows["tempered", 0.2].point["gamma"] in CONTENDERS["tempered"].gammas
+    assert rows["batch_tempered", 0.2].point["gamma"] in CONTENDERS["batch_tempered"].gammas
 
 
 def test_each_phase_has_its_rules() -> None:
     assert set(taking_part("prefill")) | set(taking_part("decode")) == set(CONTENDERS)
-    assert {"oea", "sere", "batch_threshold"} == set(taking_part("decode")) - set(taking_part("prefill"))
+    assert {"oea", "sere", "batch_threshold", "batch_tempered"} == set(taking_part("decode")) - set(taking_part("prefill"))
 
 
 @pytest.mark.parametrize(
