@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modes_fx.policies import RULES, Rule, decide, rerouted
+from modes_fx.errors import PlanError
+from modes_fx.policies import RULES, decide, rerouted
 from modes_fx.policies.oea import open_tables
-from modes_fx.policies.sere import re_routing
+from modes_fx.policies.sere import primary_tables
 from tests import oracle
 
 FAST = settings(max_examples=60)
@@ -42,12 +43,14 @@ open_experts = st.lists(st.sampled_from([0.0, 1.0]), min_size=EXPERTS, max_size=
 
 
 def table_of(name: str, draw: st.DataObject) -> Tensor:
-    return draw.draw(similarities if name == "sere" else open_experts)
+    if name != "sere":
+        return draw.draw(open_experts)
+    return draw.draw(similarities).fill_diagonal_(draw.draw(st.integers(1, TOP_K)))
 
 
-def done(rule: Rule | str, batch: Batch, bound: float, table: Tensor) -> Done:
+def done(name: str, batch: Batch, bound: float, table: Tensor) -> Done:
     """What a rule does to a batch whose tokens are under one bound."""
-    made = RULES[rule] if isinstance(rule, str) else rule
+    made = RULES[name]
     weights, ids, classes = batch
     bounds = torch.tensor([bound, bound, made.skip_all])
     ids = rerouted(made, ids, weights, classes, bounds, table)
@@ -66,7 +69,7 @@ def test_it_does_what_plain_loops_over_the_step_do(name: str, data: st.DataObjec
     table, bound = table_of(name, data), data.draw(st.sampled_from(LEVELS[name]))
     bound_T = torch.where(batch[2] == 2, PADDING[name], bound)
     keep, weights, ids = done(name, batch, bound, table)
-    wanted = oracle.reroute(*batch[:2], bound_T, table) if name == "sere" else batch[1]
+    wanted = oracle.reroute(*batch[:2], bound_T, table, int(table[0, 0])) if name == "sere" else batch[1]
     left = oracle.decide(name, batch[0], wanted, bound_T, table)
     assert ids.equal(wanted)
     assert keep.equal(~left.isnan())
@@ -118,15 +121,21 @@ def test_oea_takes_on_the_baseline_of_others_where_it_may() -> None:
 def test_sere_moves_what_is_alike_and_reads_what_is_not() -> None:
     weights = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]])
     batch = weights, torch.tensor([[0, 2, 3], [1, 2, 4]]), torch.zeros(2, dtype=torch.int64)
-    table = torch.zeros(EXPERTS, EXPERTS)
+    table = torch.eye(EXPERTS)
     table[2, 1], table[2, 0], table[3, 0], table[4, 3] = 2.0, 1.5, 0.5, 9.0
     keep, new, ids = done("sere", batch, 1.0, table)
     assert keep.all()
     assert new.equal(weights)
     assert ids.tolist() == [[0, 1, 3], [1, 1, 4]]  # 3 is too unlike any primary expert, and what 4 is like is not primary
     assert done("sere", batch, 2.0, table)[2].tolist() == [[0, 1, 0], [1, 1, 4]]
-    more = done(re_routing(2), batch, 1.0, table)[2]
+    more = done("sere", batch, 1.0, torch.tensor(primary_tables([table.tolist()], 2)[0]))[2]
     assert more.tolist() == [[0, 2, 3], [1, 2, 4]]  # 2 is primary itself
+
+
+def test_sere_has_a_primary_expert_at_least() -> None:
+    assert primary_tables([[[1.0, 0.5], [0.5, 1.0]]], 3) == (((3.0, 0.5), (0.5, 3.0)),)
+    with pytest.raises(PlanError, match="1 or more of them; got 0"):
+        primary_tables([[[1.0]]], 0)
 
 
 def test_they_are_about_decode_steps_alone() -> None:
@@ -138,7 +147,7 @@ def test_generated_code_moves_pairs_alike() -> None:
     rule, draw = RULES["sere"], torch.Generator().manual_seed(0)
     weights, ids = torch.rand(9, 32, generator=draw).softmax(1).topk(4)
     classes, bounds = torch.arange(9) % 3, torch.tensor([0.8, 2.0, math.inf])
-    table = torch.rand(32, 32, generator=draw) * 2
+    table = (torch.rand(32, 32, generator=draw) * 2).fill_diagonal_(2.0)
 
     def move(*given: Tensor) -> Tensor:
         return rerouted(rule, *given)

@@ -10,6 +10,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import modes_fx
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies.oea import open_tables
+from modes_fx.policies.sere import primary_tables
 from tests import harness, oracle, tiny
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
@@ -23,7 +24,7 @@ def plan(rule: str, level: float) -> SkipPlan:
     tables: Any = open_tables(LAYERS, EXPERTS)
     if rule == "sere":
         alike = torch.rand(LAYERS, EXPERTS, EXPERTS, generator=torch.Generator().manual_seed(1)) * 2
-        tables = tuple(tuple(map(tuple, layer)) for layer in alike.tolist())
+        tables = primary_tables(alike.tolist(), 1)
     return SkipPlan((PlanPoint(None, level, level),), rule=rule, tables=tables)
 
 

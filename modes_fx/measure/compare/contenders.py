@@ -13,6 +13,7 @@ from modes_fx.modality import Phase
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES
 from modes_fx.policies.chance import seed_tables
+from modes_fx.policies.sere import primary_tables
 
 Alpha = tuple[tuple[float, float], ...]
 
@@ -48,6 +49,7 @@ class Contender:
         needs: What of ``Calibrated`` it takes: ``"importance"``, ``"betas"``, ``"ratios"`` or ``"similarity"``.
         gammas: Exponents of the importance among which a pair of thresholds is searched for; () tunes one scale.
         phase: ``"decode"``, ``"prefill"``: it takes part in comparisons of that alone; None: in both.
+        primary: S of SERE.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Contender:
     needs: frozenset[str] = frozenset()
     gammas: tuple[float, ...] = ()
     phase: Phase | None = None
+    primary: int = 1
 
     def plan(self, known: Calibrated, scale: float, gamma: float = 1.0) -> SkipPlan:
         """Return the plan of one scale; a larger one skips more."""
@@ -86,7 +89,8 @@ class Contender:
         if self.rule in _EACH_EXPERT:
             return tuple((_EACH_EXPERT[self.rule],) * experts for experts in known.experts)
         if "similarity" in self.needs and known.statistics is not None:
-            return known.statistics.similarity
+            alike = known.statistics.similarity
+            return primary_tables(alike, self.primary) if self.rule == "sere" else alike
         if RULES[self.rule].has_table:
             raise PlanError(
                 f"The keep-rule {self.rule!r} asks for tables, and a comparison cannot know them. Add a Contender whose "
@@ -111,7 +115,9 @@ CONTENDERS: dict[str, Contender] = {
     "top_p": Contender("top-p", "top_p"),
     "entropy_k": Contender("K by entropy", "entropy_k"),
     "oea": Contender("OEA", "oea", phase="decode"),
-    "sere": Contender("SERE", "sere", frozenset({"similarity"}), phase="decode"),
+    "sere": Contender("SERE, S = 1", "sere", frozenset({"similarity"}), phase="decode"),
+    "sere_2": Contender("SERE, S = 2", "sere", frozenset({"similarity"}), phase="decode", primary=2),
+    "sere_3": Contender("SERE, S = 3", "sere", frozenset({"similarity"}), phase="decode", primary=3),
     "batch_threshold": Contender("threshold, slack 1", "batch_threshold", phase="decode"),
     "batch_tempered": Contender("tempered, slack 1", "batch_threshold", _ALPHA, GAMMAS, phase="decode"),
     "threshold": Contender("threshold only", "threshold"),
