@@ -7,9 +7,10 @@ takes and what is here, then (after a few forwards, and a few questions of each 
     python examples/paper.py qwen3-vl-30b-a3b --data GQA --estimate    # that alone
     python examples/paper.py qwen3-vl-30b-a3b --data GQA               # all; also kimi-vl-a3b and internvl-3.5-30b
 
-Run again after a crash, it goes on where it stopped. The whole of it on the embedded model, offline, in a minute:
+Run again after a crash, it goes on where it stopped; a benchmark that fails stops no other. The whole of it on the embedded
+model and a few of its own questions, offline, on a CPU, in a minute:
 
-    python examples/paper.py qwen3-vl-30b-a3b --weights demo
+    python examples/paper.py qwen3-vl-30b-a3b --tiny
 """
 
 import argparse
@@ -40,6 +41,11 @@ from modes_fx.files.writing import check_writable
 from modes_fx.lmms import TASKS
 
 PILOT_QUESTIONS = 4
+TINY = {
+    "weights": "demo", "samples": 32, "batch_size": 16, "eval_batch_size": 8, "targets": [0.75], "gammas": [0.5],
+    "grid_size": 6, "benchmarks": ["demo"], "limit": 8,
+}  # fmt: skip
+"""What ``--tiny`` stands for, where nothing else is said."""
 
 
 def arguments() -> argparse.Namespace:
@@ -60,13 +66,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-frames", type=int, default=32, help="frames of a video")
     parser.add_argument("--estimate", action="store_true", help="say what memory and time it takes, and stop")
     parser.add_argument("--out", type=Path, help="folder for all that is made; out/paper/MODEL if left out")
-    parser.add_argument("--pilot", action="store_true", help=argparse.SUPPRESS)  # the estimate's measurements, in a process of their own
+    parser.add_argument(
+        "--pilot", action="store_true", help=argparse.SUPPRESS
+    )  # the estimate's measurements, in a process of their own
     options = parser.parse_args()
     published = MODELS[options.model]
     options.weights = options.weights or published.weights
     options.targets = options.targets or list(published.skipped)
     known = {benchmark.name: benchmark for benchmark in (*BENCHMARKS, DEMO)}
-    names = options.benchmarks or (["demo"] if options.weights == "demo" else [benchmark.name for benchmark in BENCHMARKS])
+    names = options.benchmarks or [benchmark.name for benchmark in BENCHMARKS]
     if unknown := set(names) - set(known):
         parser.error(f"unknown benchmarks {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     options.benchmarks = [known[name] for name in names]
@@ -134,17 +142,23 @@ def estimate(options: argparse.Namespace) -> Placement:
     except MemoryError as error:
         raise SystemExit(str(error)) from error
     file = options.out / "pilot.json"
-    if not file.exists():
+    names = {benchmark.name for benchmark in options.benchmarks}
+    if not file.exists() or not names <= set(_pilot(file).questions):
         call(sys.executable, *sys.argv, "--pilot", environment=_on(place.gpus[0]) if place.gpus else None)
-    pilot = Pilot(**json.loads(file.read_text(encoding="utf-8")))
+    pilot = _pilot(file)
     steps = hours(
         pilot, batch_size=options.batch_size, targets=len(options.targets), gammas=len(options.gammas),
         grid_size=options.grid_size, copies=place.copies,
     )  # fmt: skip
     rows = [(name, f"{value:.2f} h") for name, value in steps.items()]
-    title = f"{place.copies} at a time" + (", each on a GPU" if len(place.gpus) > 1 else ", over all GPUs" if place.spread else "")
+    where = ", over all GPUs" if place.spread else ", each on a GPU" if len(place.gpus) > 1 else ""
+    title = f"{place.copies} at a time{where}"
     print(tabulate(rows, ["time", title], colalign=("left", "right")), flush=True)
     return place
+
+
+def _pilot(file: Path) -> Pilot:
+    return Pilot(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def _on(gpus: str) -> dict[str, str]:
@@ -242,12 +256,13 @@ def evaluate(options: argparse.Namespace, place: Placement, plan: Path) -> dict[
         folder = options.out / "eval" / ("stock" if target is None else f"{target:.3f}") / benchmark.task
         if results_in(folder) is None:
             settings = {"optimize": False} if target is None else {"plan": plan, "target": target}
+            given = model_args(options, place, **settings)
             limit = ["--limit", options.limit] if options.limit else []
             folder.mkdir(parents=True, exist_ok=True)
             gpus = free.get()
             try:
                 call(
-                    sys.executable, "-m", "lmms_eval", "--model", "modes_fx", "--model_args", model_args(options, place, **settings),
+                    sys.executable, "-m", "lmms_eval", "--model", "modes_fx", "--model_args", given,
                     "--tasks", benchmark.task, "--include_path", TASKS, "--batch_size", options.eval_batch_size, *limit,
                     "--output_path", folder, "--log_samples", "--verbosity", "DEBUG",  # without it a failure ends with 0
                     environment=_on(gpus) if gpus else None, log=folder / "log.txt",
@@ -257,7 +272,10 @@ def evaluate(options: argparse.Namespace, place: Placement, plan: Path) -> dict[
         file = results_in(folder)
         if file is None:
             raise SystemExit(f"lmms-eval left no results in {folder}: see {folder / 'log.txt'}.")
-        return read(file, benchmark)
+        try:
+            return read(file, benchmark)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
 
     with ThreadPoolExecutor(free.qsize()) as pool:
         waiting = [

@@ -11,8 +11,8 @@ import torch
 
 from modes_fx.models.meta_model import build_on_meta, read_config
 
-CALIBRATION_TOKENS = 2048
-"""Tokens of a calibration sample, generously: an image of a megapixel takes Qwen3-VL about a thousand."""
+CALIBRATION_TOKENS = 4096
+"""Tokens of a calibration sample, generously: InternVL cuts an image into at most 13 tiles of 256."""
 
 QUESTION_TOKENS = 32768
 """Tokens of a question, generously: 32 frames, each of as many tokens as a model gives one (InternVL 768)."""
@@ -43,8 +43,8 @@ class Memory:
 def memory(name: str, batch_size: int, eval_batch_size: int, *, trust_remote_code: bool) -> Memory:
     """Estimate memory from a model's config alone: it is built without weights.
 
-    Keys and values take layers x 2 x heads x head size a token; experts' rows, K x (3 I + 2 H) a token, are the widest of a
-    layer's activations; beside them are a few rows of width H, and the logits of a batch's answers, which are few.
+    Keys and values take layers x 2 x heads x head size a token, latent ones less. Experts' rows, K x (3 I + 2 H) a token, are
+    the widest of a layer's activations; beside them are a few rows of width H. Logits are few: those of the answers alone.
 
     Args:
         name: A folder, or the id of a hub model.
@@ -64,17 +64,23 @@ def memory(name: str, batch_size: int, eval_batch_size: int, *, trust_remote_cod
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     return Memory(
         weights=sum(weight.numel() * weight.itemsize for weight in (*model.parameters(), *model.buffers())),
-        cache=size * tokens * text.num_hidden_layers * _cached_a_token(text),
+        cache=size
+        * tokens
+        * text.num_hidden_layers
+        * _cached_a_token(text, type(model).__module__.startswith("transformers.")),
         activations=size * tokens * (top_k * (3 * width + 2 * hidden) + 8 * hidden),
     )
 
 
-def _cached_a_token(text: Any) -> int:
+def _cached_a_token(text: Any, of_transformers: bool) -> int:
     """Return how many numbers a layer's cache holds for a token."""
-    if getattr(text, "kv_lora_rank", None):  # latent attention, whose cache transformers keeps expanded
-        return int(text.num_attention_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_key_value_heads * head)
+    if not getattr(text, "kv_lora_rank", None):
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return int(2 * text.num_key_value_heads * head)
+    if of_transformers:
+        return int(text.kv_lora_rank + text.qk_rope_head_dim)
+    # The code that comes with DeepSeek's and Kimi's weights keeps what it makes of these for each head.
+    return int(text.num_attention_heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from published.figures import Benchmark, Published, Scores, retained
 from tabulate import tabulate
+
+from published.figures import Benchmark, Published, Scores, retained
 
 MISSING = "-"
 
@@ -48,7 +49,9 @@ def _score(result: Mapping[str, Any], benchmark: Benchmark, file: Path) -> float
     values = {key.partition(",")[0]: value for key, value in result.items()}
     found = [values.get(metric) for metric in benchmark.metrics]
     if not all(isinstance(value, (int, float)) for value in found):
-        raise ValueError(f"{file} has no score of {benchmark.name}, but {found}: see lmms-eval's output above, and remove it.")
+        raise ValueError(
+            f"{file} has no score of {benchmark.name}, but {found}: see log.txt one folder up, then remove this file to run it again."
+        )
     return float(sum(found))
 
 
@@ -67,7 +70,9 @@ def table(
     columns.append(("paper", published.default, None))
     columns.append(("stock", _scores_of(stock), None))
     for target, runs in ours.items():
-        columns.append((f"paper {target:.0%}", published.skipped.get(target, {}), target if target in published.skipped else None))
+        columns.append(
+            (f"paper {target:.0%}", published.skipped.get(target, {}), target if target in published.skipped else None)
+        )
         columns.append((f"ours {target:.0%}", _scores_of(runs), mean(run.skipped for run in runs.values())))
     rows = [[each.name, *(_cell(scores.get(each.name)) for _, scores, _ in columns)] for each in benchmarks]
     kept = [_retained(scores, columns[index % 2][1], benchmarks) for index, (_, scores, _) in enumerate(columns)]

@@ -25,7 +25,9 @@ def frames_of(video: Any, most: int, pixels: int) -> list[Image.Image]:
         ModesFxError: PyAV is not installed, the file cannot be read, or it is no path (such as a part of a video).
     """
     if not isinstance(video, str):
-        raise ModesFxError(f"--model modes_fx reads whole videos from files, and a question has {video!r}. Choose another task.")
+        raise ModesFxError(
+            f"--model modes_fx reads whole videos from files, and a question has {video!r}. Choose another task."
+        )
     try:
         import av
     except ImportError as error:

@@ -1,7 +1,7 @@
 """Processors without their video processor, whose every class needs torchvision: images by PIL, and text.
 
 `ProcessorMixin` reads a processor's parts off the signature of `__init__`: leaving `video_processor` out of it is what leaves
-the part out. Where torchvision is installed, its image processor is loaded, whose pixels differ slightly: PIL's takes its place.
+the part out. Where torchvision is installed, its image processor is loaded, whose pixels differ slightly: PIL's replaces it.
 """
 
 from typing import Any
