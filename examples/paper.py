@@ -23,9 +23,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from queue import Queue
@@ -37,6 +37,7 @@ from published.scores import Run, read, results_in, table
 from tabulate import tabulate
 
 from modes_fx.calib.search import GAMMAS
+from modes_fx.errors import ModesFxError
 from modes_fx.files.writing import check_writable
 from modes_fx.lmms import TASKS
 
@@ -117,15 +118,10 @@ def call(*words: object, environment: Mapping[str, str] | None = None, log: Path
     """Print a command, then run it; its output goes to a file where one is named."""
     command = [str(word) for word in words]
     print("$", shlex.join(command), *(["&>", log] if log else []), flush=True)
-    with log.open("w") if log else _nothing() as file:
+    with log.open("w") if log else nullcontext() as file:
         ended = subprocess.run(command, env={**os.environ, **(environment or {})}, stdout=file, stderr=file, check=False)
     if ended.returncode:
         raise SystemExit(f"That ended with {ended.returncode}" + (f": see {log}." if log else "."))
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 def estimate(options: argparse.Namespace) -> Placement:
@@ -150,7 +146,7 @@ def estimate(options: argparse.Namespace) -> Placement:
         pilot, batch_size=options.batch_size, targets=len(options.targets), gammas=len(options.gammas),
         grid_size=options.grid_size, copies=place.copies,
     )  # fmt: skip
-    rows = [(name, f"{value:.2f} h") for name, value in steps.items()]
+    rows = [(name, f"{value:.1f} h" if value >= 1 else f"{60 * value:.1f} min") for name, value in steps.items()]
     where = ", over all GPUs" if place.spread else ", each on a GPU" if len(place.gpus) > 1 else ""
     title = f"{place.copies} at a time{where}"
     print(tabulate(rows, ["time", title], colalign=("left", "right")), flush=True)
@@ -167,11 +163,11 @@ def _on(gpus: str) -> dict[str, str]:
 
 def measure(options: argparse.Namespace) -> None:
     """Time forwards of calibration batches, and a few questions of each benchmark, on the stock model; write ``pilot.json``."""
-    import torch
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
     from modes_fx import demo
+    from modes_fx.calib.objective import Answers
     from modes_fx.data import load_samples, make_batches
     from modes_fx.lmms.model import ModesFx
     from modes_fx.models.layers import find_moe_layers
@@ -182,19 +178,19 @@ def measure(options: argparse.Namespace) -> None:
         samples: Any = demo.as_data(demo.make_samples("calibration", 12))[: options.samples]
     else:
         samples = load_samples(options.data, limit=options.samples)
-    seconds = []
-    for batch in make_batches(samples[: 3 * options.batch_size], lm.processor, options.batch_size, dtype=lm.model.dtype):
-        inputs = {name: value.to(lm.device) for name, value in batch.items() if name != "labels"}
+    seconds, answers = [], Answers(lm.model)
+    few = make_batches(samples[: 3 * options.batch_size], lm.processor, options.batch_size, dtype=lm.model.dtype)
+    for batch in answers.ready(few):
         started = time.perf_counter()
-        with torch.inference_mode():
-            lm.model(**inputs).logits[:, -1].cpu()  # waits for the GPU
+        answers(batch)[0].cpu()  # waits for the GPU
         seconds.append(time.perf_counter() - started)
     manager = TaskManager(include_path=str(TASKS))
     question_s, questions = {}, {}
     for benchmark in options.benchmarks:
         found: Any = simple_evaluate(
-            lm, tasks=[benchmark.task], task_manager=manager, limit=PILOT_QUESTIONS, batch_size=options.eval_batch_size
-        )
+            lm, tasks=[benchmark.task], task_manager=manager, limit=PILOT_QUESTIONS, batch_size=options.eval_batch_size,
+            predict_only=benchmark.uploads,  # a server is sent whole sets of answers alone
+        )  # fmt: skip
         asked = sum(count["effective"] for count in found["n-samples"].values())
         question_s[benchmark.name] = found["throughput"]["total_elapsed_time"] / asked
         questions[benchmark.name] = sum(
@@ -252,7 +248,7 @@ def evaluate(options: argparse.Namespace, place: Placement, plan: Path) -> dict[
     for gpus in place.gpus or ("",):
         free.put(gpus)
 
-    def run(target: float | None, benchmark: Benchmark) -> Run:
+    def one(target: float | None, benchmark: Benchmark) -> Run:
         folder = options.out / "eval" / ("stock" if target is None else f"{target:.3f}") / benchmark.task
         if results_in(folder) is None:
             settings = {"optimize": False} if target is None else {"plan": plan, "target": target}
@@ -279,7 +275,7 @@ def evaluate(options: argparse.Namespace, place: Placement, plan: Path) -> dict[
 
     with ThreadPoolExecutor(free.qsize()) as pool:
         waiting = [
-            (target, benchmark, pool.submit(run, target, benchmark))
+            (target, benchmark, pool.submit(one, target, benchmark))
             for target in (None, *options.targets)
             for benchmark in options.benchmarks
         ]
@@ -291,7 +287,14 @@ def evaluate(options: argparse.Namespace, place: Placement, plan: Path) -> dict[
 
 def main() -> None:
     """Do it all, or what is left of it."""
-    options = arguments()
+    try:
+        run(arguments())
+    except ModesFxError as error:
+        raise SystemExit(f"Error: {error}") from error
+
+
+def run(options: argparse.Namespace) -> None:
+    """Estimate, calibrate, search, evaluate, print."""
     if options.pilot:
         measure(options)
         return

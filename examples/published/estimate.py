@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Memory:
     Attributes:
         weights: All parameters, in the dtype they are stored in.
         cache: Keys and values of the longest batch.
-        activations: What one layer's forward of it has at a time.
+        activations: What one layer's forward of it has at a time, or the logits where there are more.
     """
 
     weights: int
@@ -44,7 +45,8 @@ def memory(name: str, batch_size: int, eval_batch_size: int, *, trust_remote_cod
     """Estimate memory from a model's config alone: it is built without weights.
 
     Keys and values take layers x 2 x heads x head size a token, latent ones less. Experts' rows, K x (3 I + 2 H) a token, are
-    the widest of a layer's activations; beside them are a few rows of width H. Logits are few: those of the answers alone.
+    the widest of a layer's activations; beside them are a few rows of width H. Logits are those of the answers, which are few,
+    but for models that give them for whole prompts, as older code does (in float32).
 
     Args:
         name: A folder, or the id of a hub model.
@@ -61,6 +63,8 @@ def memory(name: str, batch_size: int, eval_batch_size: int, *, trust_remote_cod
     size = next(model.parameters()).itemsize
     tokens = max(batch_size * CALIBRATION_TOKENS, eval_batch_size * QUESTION_TOKENS)
     hidden, top_k = text.hidden_size, text.num_experts_per_tok
+    few_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+    logits = 0 if few_logits else 4 * text.vocab_size * batch_size * CALIBRATION_TOKENS
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
     return Memory(
         weights=sum(weight.numel() * weight.itemsize for weight in (*model.parameters(), *model.buffers())),
@@ -68,7 +72,7 @@ def memory(name: str, batch_size: int, eval_batch_size: int, *, trust_remote_cod
         * tokens
         * text.num_hidden_layers
         * _cached_a_token(text, type(model).__module__.startswith("transformers.")),
-        activations=size * tokens * (top_k * (3 * width + 2 * hidden) + 8 * hidden),
+        activations=max(size * tokens * (top_k * (3 * width + 2 * hidden) + 8 * hidden), logits),
     )
 
 

@@ -20,6 +20,7 @@ class Benchmark:
         scale: From lmms-eval's units to the paper's.
         needs: Modules that scoring imports, beside what lmms-eval needs anyway.
         judged: Whether a language model behind an API rates the answers.
+        uploads: Whether the answers go to the benchmark's own server, which scores them.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Benchmark:
     scale: float = 100
     needs: tuple[str, ...] = ()
     judged: bool = False
+    uploads: bool = False
 
 
 BENCHMARKS = (
@@ -40,7 +42,7 @@ BENCHMARKS = (
     Benchmark("RealWorldQA", "realworldqa", ("exact_match",)),
     Benchmark("COCO", "coco2017_cap_val", ("coco_CIDEr",), needs=("pycocoevalcap", "pycocotools")),
     Benchmark("MVBench", "mvbench", ("mvbench_accuracy",), scale=1),
-    Benchmark("EgoSchema", "egoschema", ("submission",), scale=1),
+    Benchmark("EgoSchema", "egoschema", ("submission",), scale=1, uploads=True),
     Benchmark("VideoMME", "videomme", ("videomme_perception_score",), scale=1),
     Benchmark("LongVideoBench", "longvideobench_val_v", ("lvb_acc",)),
     Benchmark("VideoMMMU", "video_mmmu", ("mmmu_acc",)),

@@ -50,7 +50,7 @@ def _score(result: Mapping[str, Any], benchmark: Benchmark, file: Path) -> float
     found = [values.get(metric) for metric in benchmark.metrics]
     if not all(isinstance(value, (int, float)) for value in found):
         raise ValueError(
-            f"{file} has no score of {benchmark.name}, but {found}: see log.txt one folder up, then remove this file to run it again."
+            f"{file} has no score of {benchmark.name}, but {found}. See log.txt one folder up; remove this file to try again."
         )
     return float(sum(found))
 

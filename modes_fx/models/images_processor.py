@@ -33,9 +33,7 @@ class InternVLImagesProcessor(InternVLProcessor):
     ) -> None:
         """Take the parts that `from_pretrained` loaded."""
         images = _by_pil(image_processor, GotOcr2ImageProcessorPil)
-        super().__init__(  # type: ignore[no-untyped-call]
-            images, tokenizer, image_seq_length=image_seq_length, chat_template=chat_template, **kwargs
-        )
+        super().__init__(images, tokenizer, image_seq_length=image_seq_length, chat_template=chat_template, **kwargs)
 
 
 def _by_pil(image_processor: Any, kind: Any) -> Any:
