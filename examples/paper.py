@@ -44,7 +44,7 @@ from modes_fx.lmms import TASKS
 PILOT_QUESTIONS = 4
 TINY = {
     "weights": "demo", "samples": 32, "batch_size": 16, "eval_batch_size": 8, "targets": [0.75], "gammas": [0.5],
-    "grid_size": 6, "benchmarks": ["demo"], "limit": 8,
+    "grid_size": 6, "benchmarks": ["demo"], "limit": 8, "out": Path("out/paper/tiny"),
 }  # fmt: skip
 """What ``--tiny`` stands for, where nothing else is said."""
 
@@ -67,10 +67,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-frames", type=int, default=32, help="frames of a video")
     parser.add_argument("--estimate", action="store_true", help="say what memory and time it takes, and stop")
     parser.add_argument("--out", type=Path, help="folder for all that is made; out/paper/MODEL if left out")
-    parser.add_argument(
-        "--pilot", action="store_true", help=argparse.SUPPRESS
-    )  # the estimate's measurements, in a process of their own
+    parser.add_argument("--tiny", action="store_true", help="the embedded model and few of its questions; other options count")
+    parser.add_argument("--pilot", action="store_true", help=argparse.SUPPRESS)  # the estimate's own process
     options = parser.parse_args()
+    if options.tiny:
+        parser.set_defaults(**TINY)
+        options = parser.parse_args()
     published = MODELS[options.model]
     options.weights = options.weights or published.weights
     options.targets = options.targets or list(published.skipped)
