@@ -198,11 +198,18 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
 
 
 class _Graphs:
-    """A function of a module compiled as one graph, with a cache of graphs of its own, which goes when this goes."""
+    """A function of a module compiled as one graph, with a cache of graphs of its own, which goes when this goes.
+
+    NOTE [threads and whole graphs] What ``torch.compile(fullgraph=True)`` calls, less one look afterwards: whether any graph ran,
+    by a count that all threads of a process share, and set to 0 for one another ("found no compiled frames"). That a graph is
+    whole is seen while it is traced, in any case; that none is made where calls are recorded, in ``Region.__call__``.
+    """
 
     def __init__(self, call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> None:
         own = own_code(call)
-        self.run = torch.compile(own, backend=backend, fullgraph=True, dynamic=dynamic, **_LIMIT)
+        whole: Any = torch._dynamo.optimize(backend, nopython=True, dynamic=dynamic, **_LIMIT)
+        whole.fullgraph = False  # see NOTE [threads and whole graphs]
+        self.run = whole(own)
         # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
         weakref.finalize(self, remove_from_cache, own.__code__).atexit = False
 
