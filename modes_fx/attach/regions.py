@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.decorators import skip
-from torch._dynamo.eval_frame import remove_from_cache
+from torch._dynamo.eval_frame import remove_from_cache, set_code_exec_strategy
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from modes_fx.errors import ModelError, ModesFxError
@@ -158,7 +161,7 @@ class OneLayer:
         """Run the module on its arguments, of which the first tensor holds the hidden states of all tokens, in any shape."""
         if self._decided:
             output, _ = self._compiled(module, (), *args, **kwargs)
-            self._runtime.sites[self._layer] = last_sites()[0]
+            self._runtime.sites.update((self._layer, site) for site in last_sites()[:1])
             return output
         hidden: Tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         given = self._runtime.given(self._layer, hidden.numel() // self._hidden_size, hidden.device)
@@ -183,6 +186,9 @@ def compiled_block(
     """
 
     def call(module: nn.Module, given: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _passed_over(sys._getframe().f_code)
+            return function(module, *args, **kwargs), None
         return of_one_layer(function, given, (module, *args), kwargs)
 
     return _compiled(call, backend, dynamic, advice=_CHANGED_LATER)
@@ -192,23 +198,31 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
     """Return a module's own call, compiled: ``compiled(module, *args, **kwargs)``."""
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _passed_over(sys._getframe().f_code)
         return _own_call(module, *args, **kwargs)
 
     return _compiled(call, backend, dynamic, advice=_SMALLER_REGION)
 
 
-class _Graphs:
-    """A function of a module compiled as one graph, with a cache of graphs of its own, which goes when this goes.
+def _passed_over(code: types.CodeType) -> None:
+    """See that dynamo looks at a function again, which it has passed over.
 
-    NOTE [threads and whole graphs] What ``torch.compile(fullgraph=True)`` calls, less one look afterwards: whether any graph ran,
-    by a count that all threads of a process share, and set to 0 for one another ("found no compiled frames"). That a graph is
-    whole is seen while it is traced, in any case; that none is made where calls are recorded, in ``Region.__call__``.
+    NOTE [a call that dynamo passes over] It runs the call as it is written, which gives the same answer, and leaves the function
+    alone for good. Settings ask for that; in a process of several threads it was seen without, once in 20,000 requests (torch
+    2.13). ``torch.compile(fullgraph=True)`` raises after such a call ("found no compiled frames"), when caches have taken it in.
     """
+    logger.debug("%s ran uncompiled: dynamo passed it over", code.co_name)
+    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
+
+
+class _Graphs:
+    """A function of a module compiled as one graph, with a cache of graphs of its own, which goes when this goes."""
 
     def __init__(self, call: Callable[..., Any], backend: Callable[..., Any], dynamic: bool | None) -> None:
         own = own_code(call)
         whole: Any = torch._dynamo.optimize(backend, nopython=True, dynamic=dynamic, **_LIMIT)
-        whole.fullgraph = False  # see NOTE [threads and whole graphs]
+        whole.fullgraph = False  # see NOTE [a call that dynamo passes over]
         self.run = whole(own)
         # Graphs hang on the code, unseen by the garbage collector, and lead back to it.
         weakref.finalize(self, remove_from_cache, own.__code__).atexit = False
