@@ -54,8 +54,10 @@ PLANS = (
 )
 
 
-def search_cases(count: int, seed: int, on_case: Callable[[Case], tuple[int, int]] = check) -> Counter[str]:
-    """Run so many cases of one pool.
+def search_cases(
+    stages: list[Stage], count: int, seed: int, on_case: Callable[[Case], tuple[int, int]] = check
+) -> Counter[str]:
+    """Run so many cases on some stages.
 
     Returns:
         How many were ``decided``, how many of these ``skipped some`` pairs and not all, and why others were not.
@@ -71,7 +73,7 @@ def search_cases(count: int, seed: int, on_case: Callable[[Case], tuple[int, int
         max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )  # fmt: skip
-    @hypothesis.given(cases(pool(seed)))
+    @hypothesis.given(cases(stages))
     def one(case: Case) -> None:
         try:
             routed, kept = on_case(case)
@@ -254,7 +256,7 @@ def main() -> None:
     with fuzz.quiet():
         for number in range(-(-given.cases // EACH)):
             count, started = min(EACH, given.cases - number * EACH), time.monotonic()
-            found = search_cases(count, first + number)
+            found = search_cases(pool(first + number), count, first + number)
             others = sum(found.values()) - found["decided"] - found["skipped some"]
             tell(
                 f"seed {first + number}: {found['decided']} cases as the oracle, {found['skipped some']} of which skip some; "
