@@ -208,9 +208,9 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
 def _passed_over(code: types.CodeType) -> None:
     """See that dynamo looks at a function again, which it has passed over.
 
-    NOTE [a call that dynamo passes over] It runs the call as it is written, which gives the same answer, and leaves the function
+    NOTE [a call that dynamo passes over] It runs the call as it is written, which gives the same answer, and leaves the code
     alone for good. Settings ask for that; in a process of several threads it was seen without, once in 20,000 requests (torch
-    2.13). ``torch.compile(fullgraph=True)`` raises after such a call ("found no compiled frames"), when caches have taken it in.
+    2.13). ``torch.compile(fullgraph=True)`` raises afterwards ("found no compiled frames"), when caches have taken the call in.
     """
     logger.debug("%s ran uncompiled: dynamo passed it over", code.co_name)
     set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
