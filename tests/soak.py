@@ -186,8 +186,10 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def soak(seconds: float, seed: int, stage: Stage = STAGE, tell: Callable[[str], object] = lambda line: None) -> Counter[str]:
-    """Ask one model from several threads while its plan changes every second.
+def soak(
+    seconds: float, seed: int, stage: Stage = STAGE, tell: Callable[[str], object] = lambda line: None, every: float = 1
+) -> Counter[str]:
+    """Ask one model from several threads while its plan changes, every second if nothing else is said.
 
     Returns:
         How many answers were of ``one`` plan or ``spanned`` a change, how many ``changes`` there were, and ``graphs made
@@ -217,7 +219,7 @@ def soak(seconds: float, seed: int, stage: Stage = STAGE, tell: Callable[[str], 
     began, memory = time.monotonic(), list[tuple[float, float]]()
     for thread in threads:
         thread.start()
-    while not done.wait(1) and (passed := time.monotonic() - began) < seconds:
+    while not done.wait(every) and (passed := time.monotonic() - began) < seconds:
         plans.change()
         counts["changes"] += 1
         if passed >= len(memory) * seconds / 12:
