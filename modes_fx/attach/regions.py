@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._dynamo.decorators import skip
-from torch._dynamo.eval_frame import remove_from_cache, set_code_exec_strategy
+from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
-from torch._dynamo.types import FrameAction, FrameExecStrategy
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from modes_fx.errors import ModelError, ModesFxError
@@ -213,7 +213,7 @@ def _passed_over(code: types.CodeType) -> None:
     2.13). ``torch.compile(fullgraph=True)`` raises afterwards ("found no compiled frames"), when caches have taken the call in.
     """
     logger.debug("%s ran uncompiled: dynamo passed it over", code.co_name)
-    set_code_exec_strategy(code, FrameExecStrategy(FrameAction.DEFAULT, FrameAction.DEFAULT))
+    set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT))
 
 
 class _Graphs:
