@@ -18,6 +18,7 @@ from modes_fx.data.batch import Batch
 from modes_fx.files import strict_json
 from modes_fx.files.strict_json import Number
 from modes_fx.measure.compare.samples import SampleObjective, SampleScores
+from modes_fx.optimize import set_plan
 from modes_fx.plan import SkipPlan
 
 
@@ -98,6 +99,7 @@ class Measurements:
             return from_entry(known)
         if self._tuned_on is None:
             self._tuned_on = self._objective(self._model, self._calibration)
+        self._put_tables(plan)
         found = self._tuned_on.evaluate(plan.bounds(self._layers))
         self._records.add(key, as_entry(found))
         return found
@@ -110,9 +112,15 @@ class Measurements:
             return _scores(known)
         if self._measured_on is None:
             self._measured_on = self._objective(self._model, self._test)
+        self._put_tables(plan)
         found = self._measured_on.scores(None if plan is None else plan.bounds(self._layers))
         self._records.add(key, _entry(found))
         return found
+
+    def _put_tables(self, plan: SkipPlan | None) -> None:
+        """Contenders of one rule may differ in its tables; bounds are put in force as they are measured."""
+        if plan is not None and plan.tables is not None:
+            set_plan(self._model, plan)
 
 
 def identity(plan: SkipPlan) -> Key:

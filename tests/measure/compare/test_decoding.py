@@ -88,6 +88,12 @@ def test_rules_are_compared_at_equal_numbers_of_experts_read(vlm: nn.Module) -> 
     assert rows["batch_tempered", 0.2].point["gamma"] in CONTENDERS["batch_tempered"].gammas
 
 
+def test_contenders_of_one_rule_have_tables_of_their_own(vlm: nn.Module) -> None:
+    found = compare(vlm, CALIBRATION, TEST, (0.05,), ("sere", "sere_2", "sere_3"), phase="decode", tolerance=0.05)
+    one, two, three = found.rows
+    assert one.largest > two.largest > three.largest == 0.0  # with all 3 of a token's experts primary, none moves
+
+
 def test_each_phase_has_its_rules() -> None:
     prefill, decode = set(taking_part("prefill")), set(taking_part("decode"))
     assert prefill | decode == set(CONTENDERS)
