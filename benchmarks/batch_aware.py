@@ -19,8 +19,7 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -40,7 +39,6 @@ from modes_fx.measure.bench.models import Routing, Skew, block_of, build, draw, 
 from modes_fx.measure.compare.tuning import Tuner
 from modes_fx.measure.timing import in_turn
 from modes_fx.models.device import cpu_name
-from modes_fx.optimize import optimized_state
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES, decide
 from modes_fx.policies.batch_threshold import slack_tables
@@ -99,33 +97,6 @@ def _milliseconds(block: nn.Module, plan: SkipPlan, hidden: Tensor) -> float:
     return (time.process_time() - started) * 1e3
 
 
-@contextmanager
-def counting_experts(model: Any) -> Iterator[list[int]]:
-    """Yield a list that gets the number of experts read by each MoE layer that runs."""
-    state, ids, read = optimized_state(model), {}, []
-    hooks, see = [], state.runtime.stats.see
-
-    def note_ids(layer: int, gate: nn.Module, hidden: Tensor) -> None:
-        with torch.no_grad():
-            ids[layer] = gate(hidden.flatten(0, -2))[2].flatten()
-
-    def note_pairs(layer: int, keep_TK: Tensor) -> None:
-        read.append(len(ids[layer][keep_TK.flatten()].unique()))
-        see(layer, keep_TK)
-
-    for index, found in enumerate(state.layers):
-        layer = model.get_submodule(found.name.removesuffix(".mlp.experts"))  # hooks in a block would be compiled with it
-        norm, gate = layer.post_attention_layernorm, layer.mlp.gate
-        hooks.append(norm.register_forward_hook(lambda _, __, out, index=index, gate=gate: note_ids(index, gate, out)))
-    vars(state.runtime.stats)["see"] = note_pairs
-    try:
-        yield read
-    finally:
-        del vars(state.runtime.stats)["see"]
-        for hook in hooks:
-            hook.remove()
-
-
 def _measure(objective: Objective, bounds: Tensor, scale: float) -> Evaluation:
     return objective.evaluate(bounds * scale)
 
@@ -154,11 +125,11 @@ def measure_loss(
                 best = tuner.reach(skip)
                 if best is None:
                     raise SystemExit(f"{skip:.0%} cannot be skipped with slack {slack:g}: leave one of them out.")
-                with counting_experts(model) as read:
+                with modes_fx.stats(model).experts_read() as read:
                     found = objective.evaluate(bounds * best.scale)
                 modes_fx.set_plan(model, replace(plan, rule=RULE, tables=slack_tables(layers, experts, 0.0)), skip)
                 row = {"routing": "demo model", "tokens": count, "slack": slack, "skipped": found.skip_ratio}
-                row |= {"experts": statistics.fmean(read), "KL, nats": found.kl}
+                row |= {"experts": statistics.fmean(experts for *_, experts in read), "KL, nats": found.kl}
                 rows.append({**row, "without slack": objective.evaluate(bounds * best.scale).kl})
     return rows
 

@@ -164,6 +164,7 @@ class SkipStats:
             self._pairs = torch.zeros(shape, dtype=torch.int64, device="cpu")
         self._before: list[bool] = []  # what each enclosing `with` block found
         self._by_token: list[tuple[int, Tensor]] | None = None
+        self._experts_read: list[tuple[int, Phase, int]] | None = None
 
     def start(self) -> SkipStats:
         """Count from now on."""
@@ -198,6 +199,18 @@ class SkipStats:
                 yield self._by_token
         finally:
             self._by_token = before
+
+    @contextlib.contextmanager
+    def experts_read(self) -> Iterator[list[tuple[int, Phase, int]]]:
+        """Yield a list that grows by (layer, phase, distinct experts that were computed) a dispatch, inside the block.
+
+        That is how many experts' weights the call read. Dispatches inside a graph around whole layers are not seen.
+        """
+        self._experts_read, before = [], self._experts_read
+        try:
+            yield self._experts_read
+        finally:
+            self._experts_read = before
 
     def __enter__(self) -> SkipStats:
         self._before.append(self.recording)
@@ -234,10 +247,12 @@ class SkipStats:
         """Add what a forward counted, int64 [layers, modalities, phases, 2]: pairs routed and kept."""
         self._pairs += pairs.to(self._pairs.device)
 
-    def see(self, layer: int, keep_TK: Tensor) -> None:
-        """Note what each token of one dispatch keeps, bool [T, K], if somebody asked by ``by_token``."""
+    def see(self, layer: int, phase: Phase, keep_TK: Tensor, expert_ids_TK: Tensor) -> None:
+        """Note what one dispatch computes, bool and int64 [T, K], if somebody asked by ``by_token`` or ``experts_read``."""
         if self._by_token is not None:
             self._by_token.append((layer, keep_TK.sum(dim=1).cpu()))
+        if self._experts_read is not None:
+            self._experts_read.append((layer, phase, len(expert_ids_TK[keep_TK].unique())))
 
     def follow(self, device: torch.device) -> None:
         """Count on this device, where the model's inputs are."""

@@ -1,6 +1,7 @@
 """An eager oracle of expert skipping, written without modes_fx: stock model, weights of dropped pairs set to 0."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,14 +150,59 @@ def decide(rule: str, weights_TK: Tensor, ids_TK: Tensor, bound_T: Tensor, table
             assert table is not None
             eased = [beta * (1 - float(table[ids[rank]])) if ids[rank] in read else beta for rank in range(len(weights))]
             kept = [rank for rank in order if weights[rank] >= eased[rank]]
+        elif rule == "top_p":
+            gathered = 0.0
+            for rank in order:
+                if gathered < beta:
+                    kept.append(rank)
+                gathered += weights[rank]
+        elif rule == "entropy_k":
+            kept = order[: _experts_for(weights, beta)]
+        elif rule == "oea":
+            assert table is not None
+            others = {expert for expert in _among_largest(weights_TK, ids_TK, bound_T) if table[expert] > 0}
+            kept = [rank for place, rank in enumerate(order) if place < beta or (beta > 0 and ids[rank] in others)]
+        elif rule == "sere":
+            kept = order if beta < math.inf else []
         elif rule == "random":
             assert table is not None
             kept = [rank for rank in order if _draw(token, ids[rank], int(table[0])) >= beta]
         whole, left = sum(weights), sum(weights[rank] for rank in kept)
-        factor = whole / left if rule == "naee_top2" and left else 1.0
+        factor = whole / left if rule in ("naee_top2", "entropy_k", "oea") and left else 1.0
         for rank in kept:
             result[token, rank] = weights[rank] * factor
     return result
+
+
+def reroute(weights_TK: Tensor, ids_TK: Tensor, bound_T: Tensor, table: Tensor, primary: int = 1) -> Tensor:
+    """SERE's experts, int64 [T, K], pair by pair: a similarity of at least 1 / bound is needed to move."""
+    firsts = _among_largest(weights_TK, ids_TK, torch.where(bound_T < math.inf, primary, 0))
+    result = ids_TK.clone()
+    for token, experts in enumerate(ids_TK.tolist()):
+        for rank, expert in enumerate(experts):
+            if expert in firsts or not firsts:
+                continue
+            nearest = min(firsts, key=lambda other: (-float(table[expert, other]), other))
+            if float(bound_T[token]) * float(table[expert, nearest]) >= 1:
+                result[token, rank] = nearest
+    return result
+
+
+def _among_largest(weights_TK: Tensor, ids_TK: Tensor, count_T: Tensor) -> set[int]:
+    """The experts of each token's so many largest weights."""
+    return set(ids_TK[largest(weights_TK, count_T)].tolist())
+
+
+def _experts_for(weights: list[float], bound: float) -> int:
+    """How many a token gets by the entropy of its weights: the package's ladder of powers of two, its thresholds scaled."""
+    whole = sum(weights)
+    entropy = -sum(weight / whole * math.log(weight / whole) for weight in weights if weight > 0)
+    if math.isinf(bound):
+        return 0
+    step = 1
+    while step < len(weights) and not entropy < bound * math.log(2 * step):
+        step *= 2
+    return min(step, len(weights))
 
 
 def _draw(place: int, expert: int, seed: int) -> float:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modes_fx.policies import RULES, Rule, decide, table_shape
+from modes_fx.policies import RULES, Rule, decide
 from modes_fx.policies.reduce_k import among_largest
 from modes_fx.policies.threshold import at_least_threshold
 from tests import oracle
@@ -22,7 +22,7 @@ def kept(rule: Rule, weights: torch.Tensor, bound: float) -> torch.Tensor:
     """What a rule keeps of tokens whose experts are 0 to K - 1, under one bound and a table of ones."""
     tokens, top_k = weights.shape
     ids = torch.arange(top_k).expand(tokens, top_k)
-    table = torch.ones(table_shape(rule.keep, top_k)) if rule.has_table else None
+    table = torch.ones(rule.table_shape(top_k)) if rule.has_table else None
     classes = torch.zeros(tokens, dtype=torch.int64)
     return decide(rule.keep, ids, weights, classes, torch.tensor([bound]), table)[0]
 

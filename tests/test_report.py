@@ -35,7 +35,8 @@ def counted(stats: SkipStats, layer: int, ids: list[list[int]], kept: list[int],
     keep = torch.zeros(classes.numel() * 2, dtype=torch.bool)
     keep[kept] = True
     forward = Forward(runtime, plan, classes, phase)
-    forward.note(layer, classes.flatten(), keep.view(-1, 2))
+    experts = torch.arange(keep.numel()).view(-1, 2) % 4
+    forward.note(layer, classes.flatten(), keep.view(-1, 2), experts)
     forward.end()
 
 
@@ -68,6 +69,17 @@ def test_a_report_ends_with_what_to_do_about_each_reason(report: Report) -> None
     *_, first, second = str(report).splitlines()
     assert first == f"WEIGHTS_HAVE_OTHER_USERS (1 of 3): they do more. {REASONS['WEIGHTS_HAVE_OTHER_USERS'].advice}"
     assert second == f"EXPERT_PARALLEL (1 of 3): they do more. {REASONS['EXPERT_PARALLEL'].advice}"
+
+
+def test_distinct_experts_are_counted_by_dispatch_while_somebody_asks() -> None:
+    stats = SkipStats(("first", "second"))
+    with stats.experts_read() as read:
+        counted(stats, 1, [[0, 0, 0, 0]], [0, 4, 1, 7])  # pair p has the expert p % 4
+        with stats.experts_read() as inner:
+            counted(stats, 0, [[0]], [], "decode")
+    counted(stats, 0, [[0]], [0])
+    assert read == [(1, "prefill", 3)]
+    assert inner == [(0, "decode", 0)]
 
 
 def test_pairs_are_counted_by_layer_modality_and_phase_and_padding_nowhere(stats: SkipStats) -> None:

@@ -25,7 +25,7 @@ from modes_fx.graph.experts import site_of
 from modes_fx.models.sharding import expert_parallel, sends
 from modes_fx.passes.compact import add_rows
 from modes_fx.passes.site import Reject
-from modes_fx.policies import decide
+from modes_fx.policies import decide, rerouted
 
 _KNOWN = ("AutoEP", "AllReduceEP", "AllToAllEP")
 
@@ -77,23 +77,24 @@ class ExpertParallel:
             top_k_weights: [T, K].
         """
         hidden, ids, weights = _local(hidden_states), top_k_index, _local(top_k_weights)
-        keep, weights = self._decided(ids, weights)
+        keep, ids, weights = self._decided(ids, weights)
         if sends(self.implementation) or (self._sends is not None and torch.is_grad_enabled() and hidden.requires_grad):
             return self._send(hidden, ids, weights, keep)
         out: Tensor = self._forward(hidden, torch.where(keep, ids, self._everywhere), weights)
         return out
 
-    def _decided(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Return bool [T, K], the pairs to compute, and the weights [T, K] to compute them with."""
+    def _decided(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return bool [T, K], the pairs to compute, and their experts and weights."""
         site = site_of(self._experts)
         if site is None or site.runtime.suspended:
-            return torch.ones_like(ids, dtype=torch.bool), weights
+            return torch.ones_like(ids, dtype=torch.bool), ids, weights
         runtime, forward = site.runtime, site.runtime.running()
         given = runtime.given(site.layer, len(ids), ids.device)
+        ids = rerouted(runtime.rule, ids, weights, *given)
         keep, new = decide(runtime.rule.keep, ids, weights, *given)
         if forward is not None:
-            forward.note(site.layer, given[0], keep, ids // self._held % self._columns == self._column)
-        return keep, weights if new is None else new
+            forward.note(site.layer, given[0], keep, ids, ids // self._held % self._columns == self._column)
+        return keep, ids, weights if new is None else new
 
     def _send(self, hidden: Tensor, ids: Tensor, weights: Tensor, keep: Tensor) -> Tensor:
         """Send the kept pairs of this process's share of the tokens, and gather what the others made of theirs."""

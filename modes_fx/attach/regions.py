@@ -169,7 +169,7 @@ class OneLayer:
         if kept is not None:
             self._runtime.sites[self._layer] = last_sites()[0]
             if (forward := self._runtime.running()) is not None:
-                forward.note(self._layer, given[0], kept)
+                forward.note(self._layer, given[0], *kept)
         return output
 
 

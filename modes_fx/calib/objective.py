@@ -79,10 +79,10 @@ class Answers:
             inputs["logits_to_keep"] = keep
         with torch.set_grad_enabled(grad):
             logits = self._model(**inputs, use_cache=False).logits[:, -keep:-1]
-            return _at_answers(logits, labels[:, -keep:][:, 1:])
+            return at_answers(logits, labels[:, -keep:][:, 1:])
 
 
-def _at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def at_answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the logits [n, V] of [B, S, V] at the answer tokens, and bool [B]; ``labels`` [B, S] are on the CPU."""
     at = labels != IGNORED
     samples, tokens = (index.to(logits.device) for index in at.nonzero(as_tuple=True))
@@ -111,6 +111,7 @@ class Objective:
         model: An optimised model.
         batches: Keyword arguments of the model's forward, each with ``labels``: int64 [B, S], the answer's token ids and
             -100 elsewhere (prompt + reference answer in one forward: teacher forcing).
+        answers: How the model answers them; None in one forward a batch.
 
     Attributes:
         layers: Paths of the experts modules of the MoE layers.
@@ -125,11 +126,11 @@ class Objective:
         NotOptimizedError: The model is not optimised.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], answers: Answers | None = None) -> None:
         check_whole(model)
         self._model = model
         self._runtime = optimized_state(model).runtime
-        self._answers = Answers(model)
+        self._answers = answers or Answers(model)
         self.layers = tuple(layer.name for layer in self._runtime.layers)
         self.num_layers = len(self.layers)
         self._batches = self._answers.ready(batches)

@@ -17,6 +17,7 @@ from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 from modes_fx.errors import CalibrationError, ModelError, in_a_line
 from modes_fx.files.importance_fields import Mode
+from modes_fx.modality import Phase
 from modes_fx.models.locating import DEMO
 
 if TYPE_CHECKING:
@@ -39,7 +40,14 @@ def compare(
     test_data: Annotated[Path | None, typer.Option("--test-data", help="Other data, to measure on.")] = None,
     test_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
     targets: shared.TargetsOption = [0.5, 0.67, 0.75, 0.83, 0.88],  # noqa: B006
-    rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all if left out.")] = None,
+    rules: Annotated[list[str] | None, typer.Option(help="Rules to compare; all of the phase if left out.")] = None,
+    phase: Annotated[
+        str,
+        typer.Option(
+            help="prefill: at equal shares of (token, expert) pairs skipped. decode: at equal shares of experts that steps of "
+            "--batch-size sequences leave unread."
+        ),
+    ] = "prefill",
     out: Annotated[Path, shared.output_folder("Folder for compare.html, compare.json and compare.csv.")] = Path("out/compare"),
     importance_mode: Annotated[str, typer.Option(help="reference or paper; see calibrate.")] = "reference",
     grid_size: Annotated[int, typer.Option(min=2, help="Thresholds tried for each modality, where pairs are searched.")] = 24,
@@ -79,13 +87,13 @@ def compare(
         shared.Source(test_data, data_format, test_split, test_samples or _SAMPLES, seed, max_bad, "test"),
     )
     shared.check_choice("mode", importance_mode, Mode)
+    shared.check_choice("phase", phase, Phase)
     for source in sources:
         shared.check_data(source)
     for name in models:
         shared.check_model(name)
 
     from modes_fx.calib.trials import data_hash, versions
-    from modes_fx.measure.compare import CONTENDERS
     from modes_fx.measure.compare import compare as run
     from modes_fx.measure.compare.contenders import contender
     from modes_fx.measure.compare.output import mean_rows, write
@@ -119,14 +127,15 @@ def compare(
                     console.print(f"[yellow]No samples to show[/]: {escape(in_a_line(error))}")
 
             found[name] = run(
-                network, tune, test, targets, rules or tuple(CONTENDERS), importance_mode=cast(Mode, importance_mode),
+                network, tune, test, targets, rules, phase=cast(Phase, phase), importance_mode=cast(Mode, importance_mode),
                 grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed, journal=journal,
                 look=look if name == models[0] else None,
                 progress=lambda part, done, total, name=names[name]: bars(f"{name}: {part}", done, total),
             )  # fmt: skip
         settings = {
-            "models": models, "targets": list(targets), "importance_mode": importance_mode, "grid_size": grid_size,
-            "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype, "versions": versions(),
+            "models": models, "targets": list(targets), "phase": phase, "importance_mode": importance_mode,
+            "grid_size": grid_size, "tolerance": tolerance, "seed": seed, "data_hash": hashes, "dtype": dtype,
+            "versions": versions(),
         }  # fmt: skip
         paths = write(found, settings, out, closeups[0] if closeups else None)
     _print(mean_rows(found), found, [str(path) for path in paths])
@@ -156,7 +165,9 @@ def _print(rows: Sequence[Row], found: Mapping[str, Comparison], paths: Sequence
     ends = f"95% of the mean over {len(found)} models, Student's t" if several else "95% over samples, paired bootstrap"
     table = Table(title=f"Test data, {samples} samples; unskipped score {scores}.\nIn brackets: {ends}", box=SIMPLE, padding=0)
     # Of several models the divergence's interval takes the room of columns that are in the files too.
-    left_out = {"text", "vision", "flips"} if several else set()
+    left_out = {"text", "vision", "flips", "pairs"} if several else set()
+    decoded = next(iter(found.values())).phase == "decode"
+    left_out |= {"skipped", "text", "vision"} if decoded else {"unread", "pairs"}
     headings = [name for name in _HEADINGS if name not in left_out]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "rule" else "right", no_wrap=True)
@@ -169,7 +180,7 @@ def _print(rows: Sequence[Row], found: Mapping[str, Comparison], paths: Sequence
                 continue
             cells = {name: f"{row.skipped[key]:.1%}" for name, key in _RATIOS.items() if key in row.skipped}
             if row.status == "overshot":
-                cells["skipped"] = f"[yellow]{cells['skipped']}[/]"
+                cells |= {name: f"[yellow]{cells[name]}[/]" for name in ("skipped", "unread")}
             cells |= {name: f"{row.metrics[name]:.1%}" for name in ("flips", "score")}
             cells |= {"rule": row.title, "KL": _kl(row, several), "retained": _retained(row)}
             table.add_row(*(cells.get(heading, "") for heading in headings))
@@ -178,14 +189,16 @@ def _print(rows: Sequence[Row], found: Mapping[str, Comparison], paths: Sequence
     _print_speed([row for row in rows if row.speed], found)
     if any(row.status == "overshot" for row in rows):
         console.print("[yellow]Yellow[/]: the rule has no setting nearer above its target.")
+    if decoded:
+        console.print("unread: experts that decode steps leave, of those that the unskipped model's read. pairs: skipped.")
     console.print(
         "KL: nats an answer token. flips: answer tokens whose likeliest token changes. retained: score / unskipped score."
     )
     console.print(f"Written to {' and '.join(paths)}", highlight=False, markup=False)
 
 
-_HEADINGS = ("rule", "skipped", "text", "vision", "KL", "flips", "score", "retained")
-_RATIOS = {"skipped": "all", "text": "text", "vision": "vision"}
+_HEADINGS = ("rule", "skipped", "unread", "text", "vision", "pairs", "KL", "flips", "score", "retained")
+_RATIOS = {"skipped": "all", "unread": "all", "text": "text", "vision": "vision", "pairs": "decode"}
 
 
 def _print_ablation(rows: Sequence[Row]) -> None:

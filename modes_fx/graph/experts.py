@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_expe
 
 from modes_fx.graph import marker
 from modes_fx.graph.running import traced
+from modes_fx.policies import rerouted
 
 if TYPE_CHECKING:
     from modes_fx.graph.runtime import Runtime
@@ -26,6 +27,9 @@ _ATTRIBUTE = "_modes_fx_site"
 
 Given = tuple[Tensor, Tensor, Tensor | None]
 """What a layer's marker takes: classes int64 [T], bounds float32 [classes], and the rule's table if it has one."""
+
+Kept = tuple[Tensor, Tensor]
+"""What a dispatch computed: bool [T, K], the pairs, and int64 [T, K], their experts."""
 
 Dispatch = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
@@ -53,7 +57,7 @@ class _OneLayer:
 
     def __init__(self) -> None:
         self.given: Given | None = None
-        self.kept: Tensor | None = None
+        self.kept: Kept | None = None
 
 
 _one_layer = _OneLayer()
@@ -93,7 +97,7 @@ def run_dispatch(experts: Any, dispatch: Dispatch, hidden_TH: Tensor, ids_TK: Te
 
 def marked_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Run transformers' ``grouped_mm`` on marked weights."""
-    weights_TK = marked(experts, ids_TK, weights_TK)
+    ids_TK, weights_TK = marked(experts, ids_TK, weights_TK)
     result: Tensor = grouped_mm_experts_forward(experts, hidden_TH, ids_TK, weights_TK)
     return result
 
@@ -114,7 +118,7 @@ def held_dispatch(experts: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights
     layer = site.layer if _one_layer.given is None else -1
     weights_TK, keep_TK = marker.keep(weights_TK, ids_TK, classes, bounds, None, "threshold", site.runtime.dispatch, layer)
     if _one_layer.given is not None:
-        _one_layer.kept = keep_TK
+        _one_layer.kept = keep_TK, ids_TK
     result: Tensor = grouped_mm_experts_forward(held, hidden_TH, ids_TK.clamp(max=held.num_experts - 1), weights_TK)
     return result
 
@@ -147,23 +151,27 @@ def is_expert_parallel(experts: nn.Module) -> bool:
     return bool(getattr(experts, "_is_expert_parallel", False))
 
 
-def marked(experts: nn.Module, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Return the weights with those of dropped pairs set to 0, through the marker; of experts without a site as they are."""
+def marked(experts: nn.Module, ids_TK: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the experts of all pairs, which the rule may re-route, and their weights, through the marker: 0 where dropped.
+
+    Both are as they were for experts without a site.
+    """
     site = site_of(experts)
     if site is None or site.runtime.suspended:
-        return weights_TK
+        return ids_TK, weights_TK
     runtime = site.runtime
     if _one_layer.given is not None:
         layer, (classes, bounds, table) = -1, _one_layer.given
     else:
         layer = site.layer
         classes, bounds, table = runtime.given(layer, weights_TK.shape[0], weights_TK.device)
+    ids_TK = rerouted(runtime.rule, ids_TK, weights_TK, classes, bounds, table)
     weights_TK, keep_TK = marker.keep(weights_TK, ids_TK, classes, bounds, table, runtime.rule_key, runtime.dispatch, layer)
     if _one_layer.given is not None:
-        _one_layer.kept = keep_TK
+        _one_layer.kept = keep_TK, ids_TK
     elif (forward := runtime.running()) is not None:
-        forward.note(layer, classes, keep_TK)
-    return weights_TK
+        forward.note(layer, classes, keep_TK, ids_TK)
+    return ids_TK, weights_TK
 
 
 def is_marked(experts: nn.Module) -> bool:
@@ -180,7 +188,7 @@ def site_of(experts: nn.Module) -> Site | None:
 
 def of_one_layer(
     call: Callable[..., Any], given: Given, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, Tensor | None]:
+) -> tuple[Any, Kept | None]:
     """Call what holds one dispatch, in a trace, with what its marker takes; return the result and which pairs were kept."""
     _one_layer.given, _one_layer.kept = given, None
     try:

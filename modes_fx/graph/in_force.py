@@ -45,6 +45,8 @@ class InForce:
             bounds[..., PADDING::CLASSES] = rule.skip_all
             if fixed is not None:
                 bounds[..., :PADDING] = fixed
+            if rule.decode_only:
+                bounds[PHASES.index("prefill"), :, :PADDING] = rule.keep_all
             bounds = bounds.to(device)
             budget = given.to(device) if isinstance(given, Budget) else None
             rows = _rows(bounds) if device.type == "cpu" else ()

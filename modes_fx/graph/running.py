@@ -117,13 +117,16 @@ class Forward:
             bounds, table = bounds.to(device), None if table is None else table.to(device)
         return classes, bounds, table
 
-    def note(self, layer: int, classes: Tensor, keep_TK: Tensor, counted_TK: Tensor | None = None) -> None:
+    def note(
+        self, layer: int, classes: Tensor, keep_TK: Tensor, expert_ids_TK: Tensor, counted_TK: Tensor | None = None
+    ) -> None:
         """Take note of what a layer kept: count it, and steer by it.
 
         Args:
             layer: Its index.
             classes: int64 [T], those of its tokens.
             keep_TK: bool [T, K].
+            expert_ids_TK: int64 [T, K], the experts that were computed, or would have been.
             counted_TK: bool [T, K], the pairs that this process counts; None where it counts all.
         """
         whole = self
@@ -136,7 +139,7 @@ class Forward:
         if self._steering is not None:
             self._steering.note(layer, keep_TK)
         if not torch.compiler.is_compiling():
-            self.runtime.stats.see(layer, keep_TK)
+            self.runtime.stats.see(layer, self.phase, keep_TK, expert_ids_TK)
 
     def end(self) -> None:
         """Hand over what was counted; the forward is over and nothing was raised."""

@@ -14,7 +14,7 @@ from modes_fx.graph.running import RUNNING, Forward
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import Dispatch
 from modes_fx.plan.budget import Budget
-from modes_fx.policies import RULES, key_of, table_shape
+from modes_fx.policies import RULES, key_of
 from modes_fx.report import SkipStats
 
 
@@ -118,7 +118,7 @@ class Runtime:
 
     def empty_table(self, layer: Layer) -> Tensor | None:
         """Return a table of zeros for a layer; None if the rule has none."""
-        return torch.zeros(table_shape(self.rule.keep, layer.num_experts), device="cpu") if self.rule.has_table else None
+        return torch.zeros(self.rule.table_shape(layer.num_experts), device="cpu") if self.rule.has_table else None
 
     def _put(self, device: torch.device) -> None:
         tables = self._tables or tuple(table for layer in self.layers if (table := self.empty_table(layer)) is not None)
@@ -132,7 +132,7 @@ class Runtime:
 
     def _check_tables(self, tables: Sequence[Tensor]) -> None:
         for layer, table in zip(self.layers, tables, strict=True):
-            shape = table_shape(self.rule.keep, layer.num_experts)
+            shape = self.rule.table_shape(layer.num_experts)
             if layer.num_experts and tuple(table.shape) != shape:
                 raise PlanError(
                     f"The plan's table for {layer.name} has shape {list(table.shape)}, the layer needs {list(shape)}. Make the "

@@ -36,7 +36,7 @@ from modes_fx.passes.mark_sites import Given, mark_sites
 from modes_fx.passes.site import RoutingSite, SiteRecord
 from modes_fx.passes.skip_experts import Dispatch, is_marked, source_of
 from modes_fx.plan import SkipPlan
-from modes_fx.policies import RULES, key_of, table_shape
+from modes_fx.policies import RULES, key_of
 from modes_fx.report import GraphReport
 
 logger = logging.getLogger(__name__)
@@ -152,6 +152,10 @@ class Marking:
         self._rule = rule = RULES[self.rule]
         if rule.protects:
             raise PlanError(f"The keep-rule {self.rule!r} observes attention, which no graph shows. Use modes_fx.optimize().")
+        if rule.decode_only or rule.reroute:
+            raise PlanError(
+                f"The keep-rule {self.rule!r} is about decode steps, of which no graph knows. Use modes_fx.optimize()."
+            )
         self._plan: SkipPlan | None = plan
         self._options = options or {}
         self._serial = next(_serial)
@@ -175,7 +179,7 @@ class Marking:
         node = {item.name: item for item in graph.nodes}
         hidden, weight = node[site.hidden_TH], node[site.weight_inputs[0]]
         layer = self._layer(source_of(weight))
-        shape = table_shape(self._rule.keep, site.num_experts) if self._rule.has_table else ()
+        shape = self._rule.table_shape(site.num_experts) if self._rule.has_table else ()
         if shape and self._tables and tuple(self._tables[layer].shape) != shape:
             found = list(self._tables[layer].shape)
             raise PlanError(f"The plan's table of layer {layer} has shape {found}, the layer needs {list(shape)}.")

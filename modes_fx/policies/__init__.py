@@ -5,6 +5,6 @@ A rule sees tensors and returns tensors; a plan names it and holds its bounds (a
 """
 
 from modes_fx.policies.registry import RULES, key_of, register, rule_of
-from modes_fx.policies.rule import KeepRule, Rule, decide, table_shape, takes_table
+from modes_fx.policies.rule import KeepRule, Reroute, Rule, decide, rerouted
 
-__all__ = ["RULES", "KeepRule", "Rule", "decide", "key_of", "register", "rule_of", "table_shape", "takes_table"]
+__all__ = ["RULES", "KeepRule", "Reroute", "Rule", "decide", "key_of", "register", "rerouted", "rule_of"]

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from modes_fx.errors import PlanError
+from modes_fx.policies.batches import read_by
 from modes_fx.policies.rule import Rule
 
 
@@ -31,11 +31,9 @@ def at_least_threshold_or_read_anyway(weights_TK: Tensor, bound_T: Tensor, exper
     token alone in its call is under plain thresholds. Padding, whose bound is infinite, has nothing read and nothing computed.
     What is computed for a token depends on the tokens that share its call.
     """
-    bound_T1, experts = bound_T.unsqueeze(1), table_E.shape[0]
+    bound_T1 = bound_T.unsqueeze(1)
     reached = weights_TK >= bound_T1
-    # Every write is the same True, so that their order does not matter; what is not read is written behind the end.
-    nowhere = torch.zeros(experts + 1, dtype=torch.bool, device=table_E.device)
-    read_E = nowhere.scatter(0, torch.where(reached, expert_ids_TK, experts).reshape(-1), True)
+    read_E = read_by(reached, expert_ids_TK, table_E.shape[0])
     return reached | (read_E[expert_ids_TK] & (weights_TK >= (1 - table_E[expert_ids_TK]) * bound_T1))
 
 

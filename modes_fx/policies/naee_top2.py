@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from modes_fx.policies.ranks import at_or_after
 from modes_fx.policies.rule import Rule
+from modes_fx.policies.survivors import taking_over
 
 
 def at_least_ratio_to_first(weights_TK: Tensor, bound_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,9 +21,7 @@ def at_least_ratio_to_first(weights_TK: Tensor, bound_T: Tensor) -> tuple[Tensor
     mass_TK = weights_TK.clamp(min=0)
     first = at_or_after(weights_TK).all(dim=2) & (bound_T1 < math.inf)
     keep = ((mass_TK >= bound_T1 * mass_TK.amax(dim=1, keepdim=True)) | first) & present
-    kept_T1 = torch.where(keep, mass_TK, 0.0).sum(dim=1, keepdim=True)
-    factor_T1 = torch.where(kept_T1 > 0, mass_TK.sum(dim=1, keepdim=True) / kept_T1, 1.0)
-    return keep, torch.where(keep, weights_TK, 0.0) * factor_T1
+    return keep, taking_over(keep, weights_TK)
 
 
 RULE = Rule(at_least_ratio_to_first, keep_all=0.0, skip_all=math.inf)

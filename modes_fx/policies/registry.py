@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from modes_fx.errors import ModesFxError
-from modes_fx.policies import batch_threshold, chance, diep, mc_moe, naee, naee_top2, reduce_k, threshold
+from modes_fx.policies import (
+    batch_threshold,
+    chance,
+    diep,
+    entropy_k,
+    mc_moe,
+    naee,
+    naee_top2,
+    oea,
+    reduce_k,
+    sere,
+    threshold,
+    top_p,
+)
 from modes_fx.policies.rule import Rule
 
 RULES: dict[str, Rule] = {
@@ -14,6 +27,10 @@ RULES: dict[str, Rule] = {
     "naee_top2": naee_top2.RULE,
     "mc_moe": mc_moe.RULE,
     "diep": diep.RULE,
+    "top_p": top_p.RULE,
+    "entropy_k": entropy_k.RULE,
+    "oea": oea.RULE,
+    "sere": sere.RULE,
     "random": chance.RULE,
 }
 

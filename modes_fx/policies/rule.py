@@ -27,6 +27,12 @@ a parameter after these two:
 It may return ``(keep_TK, weights_TK)`` to put other weights, float32 [T, K], in the place of the dispatched ones.
 """
 
+Reroute = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``reroute(weights_TK, bound_T, expert_ids_TK, table) -> expert_ids_TK``: other experts for pairs, before any is dropped.
+
+``table`` goes by one of the names above, which says its shape. An expert may come up twice among those of a token.
+"""
+
 _EXPERT_IDS = "expert_ids_TK"
 _TABLES: dict[str, Callable[[int], tuple[int, ...]]] = {
     "table_EE": lambda experts: (experts, experts),
@@ -44,39 +50,49 @@ class Rule:
         keep_all: A bound that keeps every pair.
         skip_all: A bound that skips every pair, for padding.
         protects: Whether the tokens that matter most to later ones keep all pairs in prefill (``modes_fx.attach.protection``).
+        reroute: Hands pairs to other experts before ``keep`` decides, which then is asked about those; None moves none.
+        decode_only: Whether prefills keep all pairs, since the rule is about the few tokens of a decode step.
 
     Raises:
-        ModesFxError: ``keep`` asks for what there is not.
+        ModesFxError: ``keep`` or ``reroute`` asks for what there is not.
     """
 
     keep: KeepRule
     keep_all: float
     skip_all: float
     protects: bool = False
+    reroute: Reroute | None = None
+    decode_only: bool = False
 
     def __post_init__(self) -> None:
         known = {_EXPERT_IDS, *_TABLES}
         asked = _asked(self.keep)
-        if not set(asked) <= known or sum(name in _TABLES for name in asked) > 1:
+        if not set(asked) <= known or len(self._tables) > 1:
             raise ModesFxError(
                 f"A keep-rule takes weights_TK, bound_T and, if it wants, expert_ids_TK and one of {', '.join(_TABLES)}; "
                 f"this one asks for {', '.join(asked)}."
+            )
+        moved = () if self.reroute is None else _asked(self.reroute)
+        if self.reroute is not None and (moved[:1] != (_EXPERT_IDS,) or moved[1:] not in {(name,) for name in _TABLES}):
+            raise ModesFxError(
+                f"A rule re-routes by weights_TK, bound_T, expert_ids_TK and one of {', '.join(_TABLES)}, in this order; "
+                f"this one asks for {', '.join(moved)}."
             )
 
     @property
     def has_table(self) -> bool:
         """Whether it needs the plan's tables."""
-        return takes_table(self.keep)
+        return bool(self._tables)
 
+    def table_shape(self, num_experts: int) -> tuple[int, ...]:
+        """Return the shape of the table that it needs, in a layer of so many experts."""
+        (name,) = self._tables
+        return _TABLES[name](num_experts)
 
-def takes_table(rule: KeepRule) -> bool:
-    """Return whether a rule asks for a table."""
-    return any(name in _TABLES for name in _asked(rule))
-
-
-def table_shape(rule: KeepRule, num_experts: int) -> tuple[int, ...]:
-    """Return the shape of the table that a rule asks for, in a layer of so many experts."""
-    return next(_TABLES[name](num_experts) for name in _asked(rule) if name in _TABLES)
+    @property
+    def _tables(self) -> set[str]:
+        asked = {*_asked(self.keep), *(_asked(self.reroute) if self.reroute else ())}
+        return asked & set(_TABLES)
 
 
 def decide(
@@ -111,5 +127,23 @@ def decide(
     return keep_TK, new_TK.type_as(weights_TK)
 
 
-def _asked(rule: KeepRule) -> tuple[str, ...]:
+def rerouted(
+    rule: Rule,
+    expert_ids_TK: Tensor,
+    weights_TK: Tensor,
+    token_class: Tensor,
+    bounds: Tensor,
+    table: Tensor | None = None,
+) -> Tensor:
+    """Return the experts of all pairs, int64 [T, K], as a rule re-routes them; for arguments see ``decide``.
+
+    It is traced as it stands, in front of the marker: plain operations on ids, of which no pass knows.
+    """
+    if rule.reroute is None:
+        return expert_ids_TK
+    assert table is not None, "a rule that re-routes has a table"
+    return rule.reroute(weights_TK.float(), bounds[token_class], expert_ids_TK, table)
+
+
+def _asked(rule: Callable[..., object]) -> tuple[str, ...]:
     return tuple(inspect.signature(rule).parameters)[2:]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 from modes_fx.calib import Objective, layer_importance
-from modes_fx.calib.objective import Answers, _at_answers, divergence_of_rows
+from modes_fx.calib.objective import Answers, at_answers, divergence_of_rows
 from modes_fx.calib.shapes import in_few_shapes
 from tests.calib.conftest import Batch, with_answers
 
@@ -90,7 +90,7 @@ def test_nothing_is_read_between_forwards() -> None:
     with pytest.raises(DataDependentOutputException):
         float(logits.sum())  # what reads is refused
     labels = torch.tensor([[-100, 3, 4], [-100, -100, 5]])
-    found, right = _at_answers(logits, labels)
+    found, right = at_answers(logits, labels)
     loss = divergence_of_rows(reference, found).sum(dtype=torch.float64)
     assert isinstance(loss, FakeTensor)
     assert (found.shape, right.shape, loss.shape) == ((3, 8), (2,), ())
@@ -100,6 +100,6 @@ def test_answers_are_found_in_the_logits() -> None:
     labels = torch.tensor([[-100, 3, 4], [-100, -100, 5]])
     logits = torch.nn.functional.one_hot(labels.clamp(min=0), 8).float()
     logits[1, 2] = logits[1, 2].roll(1)
-    found, right = _at_answers(logits, labels)
+    found, right = at_answers(logits, labels)
     assert found.argmax(1).tolist() == [3, 4, 6]
     assert right.tolist() == [True, False]

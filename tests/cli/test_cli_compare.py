@@ -55,6 +55,20 @@ def test_two_models_make_a_table_of_means_and_three_files(tmp_path: Path) -> Non
     assert float(lines[0]["metrics_kl"]) == facts["models"]["demo"]["rows"][0]["metrics"]["kl"]
 
 
+def test_decode_steps_have_a_table_of_experts(tmp_path: Path) -> None:
+    rules = ("--rules", "oea", "--rules", "threshold", "--targets", "0.4")
+    result = run("compare", "demo", "--phase", "decode", "--batch-size", "8", *rules, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    for wanted in ("unread", "pairs", "OEA", "experts that decode steps leave"):
+        assert wanted in result.output
+    facts = json.loads((tmp_path / "compare.json").read_text())
+    assert facts["settings"]["phase"] == "decode"
+    for row in facts["rows"]:
+        assert row["skipped"]["calibration"] >= 0.4
+        assert 0 < row["skipped"]["decode"] < 1
+        assert row["metrics"]["kl"] > 0
+
+
 def test_data_is_asked_for_and_one_architecture(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="--data to tune on and --test-data"):
         run("compare", CHECKPOINT, "--out", tmp_path)

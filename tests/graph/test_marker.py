@@ -25,7 +25,9 @@ def arguments(rule: str, dtype: torch.dtype = torch.float32, *, grad: bool = Fal
     return weights, ids, classes, torch.tensor([0.15, 0.2, math.inf]), table, rule, "auto", -1
 
 
-@pytest.mark.parametrize("rule", ["threshold", "naee", "naee_top2", "diep", "random", "batch_threshold"])
+@pytest.mark.parametrize(
+    "rule", ["threshold", "naee", "naee_top2", "diep", "random", "batch_threshold", "top_p", "entropy_k", "oea"]
+)
 def test_it_is_an_operation_like_torchs_own(rule: str) -> None:
     torch.library.opcheck(marker.keep, arguments(rule))
 

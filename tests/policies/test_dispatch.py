@@ -9,9 +9,10 @@ from modes_fx.graph.backend import inductor
 from modes_fx.policies import RULES
 from tests import harness, oracle, tiny
 from tests.passes.conftest import DISPATCHES, EXPERTS, TOP_K, Routing, assert_close, expected
-from tests.policies.tables import table_for
+from tests.policies.tables import bound_for, table_for
 
-NAMES = ("naee", "naee_top2", "diep", "random", "batch_threshold")
+NAMES = ("naee", "naee_top2", "diep", "random", "batch_threshold", "top_p", "entropy_k", "oea")
+KEEPS_RANK_1 = ("naee_top2", "top_p", "entropy_k")
 CASES = [(*both, rule) for both, rule in itertools.product(DISPATCHES, NAMES)]
 
 
@@ -24,7 +25,7 @@ def test_what_a_rule_keeps_is_computed_with_its_weights_and_nothing_else(stock_f
     experts.config._experts_implementation = stock_form
     run = harness.compiled_block(experts, dispatch, runtime, log, rule=rule)
     for tokens, share in ((9, 0.0), (9, 0.4), (20, 0.7), (7, 1e9)):
-        beta = share / 2 if rule == "batch_threshold" else share  # which is about a weight, not the sum of a token's
+        beta = bound_for(rule, share)
         routing = Routing.random(tokens, torch.float32, seed=tokens)
         for tensor in (routing.hidden, routing.ids, routing.weights):
             torch._dynamo.mark_dynamic(tensor, 0)
@@ -35,7 +36,7 @@ def test_what_a_rule_keeps_is_computed_with_its_weights_and_nothing_else(stock_f
             out = run(routing.hidden, routing.ids, routing.weights)
         survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((tokens,), beta), table_for(rule, EXPERTS))
         keep = ~survivors.isnan()
-        kept, fewest = int(keep.sum()), tokens if rule == "naee_top2" else 0  # which never drops a token's first
+        kept, fewest = int(keep.sum()), tokens if rule in KEEPS_RANK_1 else 0
         if share in (0.0, 1e9):
             assert kept == (fewest if share else keep.numel())
         else:
@@ -66,7 +67,7 @@ def test_renormalised_weights_are_rounded_to_the_models_dtype_and_unchanged_wher
     assert outs["naee_top2"].equal(outs["threshold"])
 
 
-@pytest.mark.parametrize("rule", ["diep", "random", "batch_threshold"])
+@pytest.mark.parametrize("rule", ["diep", "random", "batch_threshold", "top_p", "entropy_k", "oea"])
 def test_generated_code_decides_alike(rule: str) -> None:
     runtime = harness.FixedRuntime()
     runtime.table = table_for(rule, EXPERTS)
@@ -74,8 +75,9 @@ def test_generated_code_decides_alike(rule: str) -> None:
     experts.config._experts_implementation = "grouped_mm"
     run = harness.compiled_block(experts, "compact", runtime, inductor, rule=rule)  # integers wrap and sums round as in eager
     routing = Routing.random(60, torch.float32)
-    runtime.bounds = torch.tensor([0.4, 0.4, float("inf")])
+    bound = bound_for(rule, 0.4)
+    runtime.bounds = torch.tensor([bound, bound, RULES[rule].skip_all])
     with torch.no_grad():
         run(routing.hidden, routing.ids, routing.weights)
-    survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((60,), 0.4), table_for(rule, EXPERTS))
+    survivors = oracle.decide(rule, routing.weights, routing.ids, torch.full((60,), bound), table_for(rule, EXPERTS))
     assert sorted(runtime.recorded[0].tolist()) == (~survivors.isnan()).flatten().nonzero().flatten().tolist()

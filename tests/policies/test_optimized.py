@@ -14,11 +14,13 @@ from modes_fx.policies.batch_threshold import slack_tables
 from modes_fx.policies.chance import seed_tables
 from tests import harness, oracle, tiny
 from tests.calib.conftest import with_answers
+from tests.policies.tables import bound_for
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
 INPUTS = tiny.mixed_batch(seed=2)
-OTHERS = ("naee", "naee_top2", "diep", "random", "batch_threshold")
+OTHERS = ("naee", "naee_top2", "diep", "random", "batch_threshold", "top_p", "entropy_k")
+_NO_SHARES = ("top_p", "entropy_k")  # whose bounds are no shares
 
 
 def plan(rule: str, beta: float, seed: int = 0) -> SkipPlan:
@@ -30,7 +32,8 @@ def plan(rule: str, beta: float, seed: int = 0) -> SkipPlan:
     if rule == "diep":
         noise = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(seed)) + 0.5
         tables = tuple(tuple(tuple(row) for row in layer) for layer in noise.tolist())
-    return SkipPlan((PlanPoint(None, beta, beta * 0.8),), ((1.0, 0.5), (0.8, 1.0)), rule=rule, tables=tables)
+    text, vision = (bound_for(rule, share) for share in (beta, beta * 0.8)) if rule in _NO_SHARES else (beta, beta * 0.8)
+    return SkipPlan((PlanPoint(None, text, vision),), ((1.0, 0.5), (0.8, 1.0)), rule=rule, tables=tables)
 
 
 def oracles_answer(made: SkipPlan, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ FREE = {f"tiny/{name}": name for name in tiny.FAMILIES}
 SEEING = {"tiny/qwen3_vl_moe", "tiny/glm4v_moe"}
 FAMILIES = (*FREE, *(name for name, family in TABLED.items() if not family.expected.startswith("rejected")))
 
-RULES = ("threshold", "batch_threshold", "reduce_k", "naee", "naee_top2", "diep", "random", "mc_moe")
+RULES = ("threshold", "batch_threshold", "reduce_k", "naee", "naee_top2", "diep", "random", "mc_moe", "top_p", "entropy_k")
 REGIONS = ("moe", "layer", "model")
 CACHES: tuple[Cache, ...] = ("none", "dynamic", "static")
 OBSERVABLE = {"tiny/qwen3_vl_moe", "tiny/glm4v_moe", "tiny/qwen3_moe", "tiny/qwen2_moe", "tiny/mixtral", "tiny/olmoe"}

@@ -95,7 +95,7 @@ class Judge(oracle.Oracle):
             counts = [int((classes == modality).sum()) for modality in range(2)]
             steered = self.steered if phase == 0 else None
             given = self.phased[phase, layer].tolist() if steered is None else steered.bounds(layer, counts)
-            padding = 0.0 if self.rule == "reduce_k" else math.inf
+            padding = 0.0 if self.rule in ("reduce_k", "top_p") else math.inf
             left = self._decide(weights_TK, ids, torch.tensor([*given, padding]).double()[classes], layer)
             if self._mine is not None and phase == 0:
                 left = torch.where(self._mine.flatten()[:, None], weights_TK.double(), left)
@@ -156,4 +156,4 @@ def _survivors(rule: str, weights: Tensor, ids: Tensor, bound: Tensor, table: Te
     if rule == "reduce_k":
         return torch.where(oracle.largest(weights, bound), weights, dropped)
     left = oracle.decide("naee" if rule == "mc_moe" else rule, weights, ids, bound, table)
-    return torch.where(bound[:, None].isinf(), dropped, left)
+    return left if rule == "top_p" else torch.where(bound[:, None].isinf(), dropped, left)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from modes_fx.calib.journal import Journal, Key
-from modes_fx.calib.objective import Evaluation, Objective
+from modes_fx.calib.objective import Evaluation
 from modes_fx.calib.trials import Entry, as_entry, data_hash, from_entry, short_hash, what_determines
 from modes_fx.data.batch import Batch
 from modes_fx.files import strict_json
 from modes_fx.files.strict_json import Number
 from modes_fx.measure.compare.samples import SampleObjective, SampleScores
+from modes_fx.optimize import set_plan
 from modes_fx.plan import SkipPlan
 
 
@@ -77,14 +78,17 @@ class Measurements:
         test: Data to measure on.
         layers: MoE layers of the model, L.
         records: Where each measurement is kept.
+        objective: What measures.
     """
 
     def __init__(
-        self, model: nn.Module, calibration: Sequence[Batch], test: Sequence[Batch], layers: int, records: Journal
-    ) -> None:
+        self, model: nn.Module, calibration: Sequence[Batch], test: Sequence[Batch], layers: int, records: Journal,
+        objective: type[SampleObjective] = SampleObjective,
+    ) -> None:  # fmt: skip
+        self._objective = objective
         self._model, self._calibration, self._test = model, calibration, test
         self._layers, self._records = layers, records
-        self._tuned_on: Objective | None = None
+        self._tuned_on: SampleObjective | None = None
         self._measured_on: SampleObjective | None = None
 
     def on_calibration(self, name: str, plan: SkipPlan) -> Evaluation:
@@ -94,7 +98,8 @@ class Measurements:
         if known is not None:
             return from_entry(known)
         if self._tuned_on is None:
-            self._tuned_on = Objective(self._model, self._calibration)
+            self._tuned_on = self._objective(self._model, self._calibration)
+        self._put_tables(plan)
         found = self._tuned_on.evaluate(plan.bounds(self._layers))
         self._records.add(key, as_entry(found))
         return found
@@ -106,10 +111,16 @@ class Measurements:
         if known is not None:
             return _scores(known)
         if self._measured_on is None:
-            self._measured_on = SampleObjective(self._model, self._test)
+            self._measured_on = self._objective(self._model, self._test)
+        self._put_tables(plan)
         found = self._measured_on.scores(None if plan is None else plan.bounds(self._layers))
         self._records.add(key, _entry(found))
         return found
+
+    def _put_tables(self, plan: SkipPlan | None) -> None:
+        """Contenders of one rule may differ in its tables; bounds are put in force as they are measured."""
+        if plan is not None and plan.tables is not None:
+            set_plan(self._model, plan)
 
 
 def identity(plan: SkipPlan) -> Key:

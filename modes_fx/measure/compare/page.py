@@ -22,6 +22,7 @@ _NO_SAMPLES = (
     "No samples: the rule to look at closely reaches no target (lower --targets), or the model could not answer them, of which "
     "the command told."
 )
+_NOT_IN_DECODE = "No samples: they are shown where prefills are compared (--phase prefill)."
 _TALL_IN = (4.2, 3.5)  # room for the names of many rules
 
 
@@ -59,7 +60,8 @@ def _subtitle(facts: Facts) -> str:
     names = ", ".join(short_names(models).values())
     several = f"mean of {len(models)} models ({names})" if len(models) > 1 else names
     rules = len({row["rule"] for row in facts["rows"]})
-    return f"{several}: {rules} rule{'s' * (rules > 1)} at equal skip ratios, on {samples:,} test samples."
+    at = "decode steps that read equally many experts" if page_tables.decoded(facts) else "at equal skip ratios"
+    return f"{several}: {rules} rule{'s' * (rules > 1)}, {at}, on {samples:,} test samples."
 
 
 def _headline(facts: Facts) -> str:
@@ -70,7 +72,7 @@ def _headline(facts: Facts) -> str:
     best = min((row for row in met if row["target"] == most), key=lambda row: row["metrics"]["kl"])
     metrics, skipped = best["metrics"], best["skipped"]
     values = [
-        (percent(skipped["all"]), "of the expert calls on test data are skipped"),
+        (percent(skipped["all"]), f"of the {page_tables.counted(facts)} on test data are skipped"),
         (short(metrics["kl"]), "nats of KL divergence from the unskipped model, an answer token"),
     ]
     if "retained" in metrics:
@@ -171,7 +173,7 @@ def _search(facts: Facts) -> list[str]:
 
 def _samples(facts: Facts, closeup: Closeup | None) -> list[str]:
     if closeup is None:
-        return [paragraph(_NO_SAMPLES, "missing")]
+        return [paragraph(_NOT_IN_DECODE if page_tables.decoded(facts) else _NO_SAMPLES, "missing")]
     return [paragraph(f"Answers with all experts, and with {_shown(facts)}."), pictures(closeup)]
 
 
@@ -206,7 +208,8 @@ def _measured(facts: Facts) -> list[str]:
         "Stock's fastest": next(iter(facts["models"].values()))["stock"].get("fastest", {}),
         "Versions": {name.replace("_", "-"): value for name, value in settings.get("versions", {}).items()},
     }  # fmt: skip
-    said = (
+    what = "Skipped are experts that a decode step does not read, of those that the unskipped model's read. "
+    said = (what if page_tables.decoded(facts) else "") + (
         "Each rule is tuned on calibration data to skip at least its target, and measured on test data that it never saw. All "
         "are compiled into the model and really skip."
     )

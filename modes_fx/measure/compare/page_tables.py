@@ -25,6 +25,16 @@ def name_of(row: Mapping[str, Any]) -> str:
     return _PARTS.get(row["rule"], str(row["title"]))
 
 
+def decoded(facts: Mapping[str, Any]) -> bool:
+    """Return whether decode steps were compared, by the experts that they read."""
+    return any(model.get("phase") == "decode" for model in facts["models"].values())
+
+
+def counted(facts: Mapping[str, Any]) -> str:
+    """Return what is skipped or not."""
+    return "experts read in decode steps" if decoded(facts) else "expert calls"
+
+
 def ablation(facts: Mapping[str, Any]) -> list[str]:
     """Return the KL divergence and what is retained for each part of the method, by target."""
     rows, targets = facts["rows"], list(dict.fromkeys(row["target"] for row in facts["rows"]))
@@ -51,7 +61,9 @@ def everything(facts: Mapping[str, Any]) -> list[str]:
     """Return all rows, by target; the least KL divergence of each stands out."""
     rows = facts["rows"]
     timed = any(row["speed"] for row in rows)
-    ratios = ("all", "text", "vision", "prefill", "decode") if timed else ("all", "text", "vision")
+    ratios: tuple[str, ...] = ("all", "text", "vision", "prefill", "decode") if timed else ("all", "text", "vision")
+    if decoded(facts):
+        ratios = ("all", "decode")  # of experts, and of pairs
     own = next(iter(facts["models"].values()))["own"]
     cells: list[Sequence[str]] = []
     best, strong = [], []
@@ -67,7 +79,7 @@ def everything(facts: Mapping[str, Any]) -> list[str]:
             cells.append(_cells(row, ratios, timed))
     groups = [
         ("Rule", ()),
-        ("Expert calls skipped", ratios),
+        ("Experts unread", ("", "pairs skipped")) if decoded(facts) else ("Expert calls skipped", ratios),
         ("KL, nats", ("", "interval")),
         ("Flips", ()),
         ("Score", ()),

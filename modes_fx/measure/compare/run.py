@@ -23,13 +23,15 @@ from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError, UnreachableError
 from modes_fx.files import strict_json
 from modes_fx.files.importance_fields import Mode
-from modes_fx.measure.compare.contenders import CONTENDERS, Alpha, Calibrated, Contender, contender, own_rule
+from modes_fx.measure.compare.contenders import Alpha, Calibrated, Contender, contender, own_rule, taking_part
+from modes_fx.measure.compare.decoding import DecodeObjective
 from modes_fx.measure.compare.measurements import Measurements, SpeedEntry, StockEntry, identity, records_of
 from modes_fx.measure.compare.rows import Row, measured
-from modes_fx.measure.compare.samples import SampleScores
+from modes_fx.measure.compare.samples import SampleObjective, SampleScores
 from modes_fx.measure.compare.speed import Speed, Stopwatch
 from modes_fx.measure.compare.statistics import RoutingStatistics, routing_statistics
 from modes_fx.measure.compare.tuning import Tuned, Tuner
+from modes_fx.modality import Phase
 from modes_fx.models.device import device_name
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
@@ -60,6 +62,7 @@ class Comparison:
         layers: Paths of the experts modules of the MoE layers.
         alpha: Importance of each layer for (text, vision) tokens; None where no rule takes it.
         trials: By rule that pairs of thresholds were searched for: all that were measured on calibration data.
+        phase: What was compared; see ``compare``.
     """
 
     unskipped: dict[str, float]
@@ -70,6 +73,7 @@ class Comparison:
     layers: tuple[str, ...] = ()
     alpha: Alpha | None = None
     trials: Mapping[str, tuple[Mapping[str, float], ...]] = field(default_factory=dict)
+    phase: Phase = "prefill"
 
 
 def compare(
@@ -77,8 +81,9 @@ def compare(
     calibration: Iterable[Batch],
     test: Iterable[Batch],
     targets: Sequence[float] = TARGETS,
-    rules: Sequence[str] = tuple(CONTENDERS),
+    rules: Sequence[str] | None = None,
     *,
+    phase: Phase = "prefill",
     importance_mode: Mode = "reference",
     grid_size: int = 24,
     tolerance: float = 0.005,
@@ -98,22 +103,33 @@ def compare(
         calibration: See ``Objective``.
         test: Other data, likewise.
         targets: Skip ratios in [0, 1].
-        rules: Names of contenders (``CONTENDERS``), or of registered keep-rules.
+        rules: Names of contenders (``CONTENDERS``), or of registered keep-rules; None takes all of the phase.
+        phase: ``"prefill"``: prompt and answer in one forward, at equal shares of pairs skipped. ``"decode"``: answers decoded
+            step by step behind prompts that keep all, at equal shares of the distinct experts that the unskipped model reads
+            and the rule does not (``DecodeObjective``).
         importance_mode: See ``layer_importance``.
         grid_size: Of the search for pairs of thresholds; see ``search``.
         tolerance: See above.
         seed: Of the bootstrap and the random rule.
-        timed: Whether to time each row against stock transformers' fastest setting.
+        timed: Whether to time each row against stock transformers' fastest setting; in prefill comparisons.
         journal: File that each measurement is written to as it is made, and read from: a comparison that was cut off goes on
             where it stopped. It may serve several models and sets of data, each of which finds its own.
-        look: Called with the optimised model, and the plan of ``own_rule`` at the largest target that it reaches.
+        look: Called with the optimised model, and the plan of ``own_rule`` at the largest target that it reaches; in prefill
+            comparisons, whose plans hold for whole answers.
         progress: Told of each step.
 
     Raises:
         CalibrationError: Unusable data, an argument out of range, several processes, or a journal of another kind.
         ModesFxError: An unknown rule, or the model cannot be optimised.
     """
+    if phase not in get_args(Phase):
+        raise CalibrationError(f"Unknown phase {phase!r}; known: {', '.join(get_args(Phase))}.")
+    if phase == "decode" and timed:
+        raise CalibrationError("Times are those of prefill and decoding under one plan: compare decode steps without them.")
+    rules = taking_part(phase) if rules is None else rules
     chosen = {name: contender(name) for name in dict.fromkeys(rules)}
+    if elsewhere := [name for name, one in chosen.items() if one.phase not in (None, phase)]:
+        raise CalibrationError(f"{', '.join(elsewhere)}: nothing to compare in {phase}. Rules that can be: {_names(phase)}.")
     if processes.world() > 1:
         raise CalibrationError("A comparison runs as one process. Start it without torchrun or accelerate launch.")
     if is_optimized(model):
@@ -126,8 +142,11 @@ def compare(
         raise CalibrationError(f"A comparison needs grid_size >= 2 and tolerance >= 0; got {grid_size} and {tolerance}.")
     tune, held = _usable("calibration", calibration), _usable("test", test)
     records = records_of(model, tune, held, journal)
+    if phase == "decode":
+        records = records.under("decode")
     match = _Match(model, tune, held, sorted(set(targets)), grid_size, tolerance, seed, records, progress)
-    match.own, match.look = own_rule(list(chosen)), look
+    match.phase = phase
+    match.own, match.look = own_rule(list(chosen)), look if phase == "prefill" else None
     if timed:
         match.prepare_timing()
     try:
@@ -142,8 +161,12 @@ def compare(
     correct = match.unskipped.correct_S
     score, everything = float(correct.double().mean()), tuple(row for name in chosen for row in rows[name])
     return Comparison(
-        {"score": score}, len(correct), everything, match.stock, match.own, match.layers, known.importance, match.trials
+        {"score": score}, len(correct), everything, match.stock, match.own, match.layers, known.importance, match.trials, phase
     )
+
+
+def _names(phase: Phase) -> str:
+    return ", ".join(taking_part(phase))
 
 
 def _usable(name: str, batches: Iterable[Batch]) -> list[Batch]:
@@ -173,6 +196,7 @@ class _Match:
         self.stock: dict[str, Any] = {}
         self.unskipped: SampleScores | None = None
         self.own = ""
+        self.phase: Phase = "prefill"
         self.look: Callable[[nn.Module, SkipPlan], None] | None = None
         self.layers: tuple[str, ...] = ()
         self.trials: dict[str, tuple[Mapping[str, float], ...]] = {}
@@ -209,7 +233,8 @@ class _Match:
             alpha = resumable_importance(self.model, self.calibration, mode, journal=self.records, on_step=step).alpha
         if needs & {"betas", "ratios", "similarity"}:
             statistics = self._statistics("similarity" in needs)
-        return Calibrated(len(sites), max(site.top_k for site in sites), alpha, statistics, self.seed)
+        experts = tuple(site.num_experts for site in sites)
+        return Calibrated(len(sites), max(site.top_k for site in sites), experts, alpha, statistics, self.seed)
 
     def _statistics(self, similarity: bool) -> RoutingStatistics:
         key = ("statistics", int(similarity))
@@ -226,7 +251,8 @@ class _Match:
         """Tune and measure all contenders of one keep-rule."""
         logger.info("tuning %s to %d targets, and measuring", ", ".join(chosen), len(self.targets))
         optimize(self.model, next(iter(chosen.values())).plan(known, 0.0))
-        data = Measurements(self.model, self.calibration, self.test, known.layers, self.records)
+        objective = DecodeObjective if self.phase == "decode" else SampleObjective
+        data = Measurements(self.model, self.calibration, self.test, known.layers, self.records, objective)
         if self.unskipped is None:
             self.unskipped = data.on_test("", None)
         rows: dict[str, list[Row]] = {name: [] for name in chosen}
@@ -252,6 +278,8 @@ class _Match:
             )
             found = [tuner.reach(target) for target in self.targets]
             return [(tuned, one.plan(known, tuned.scale) if tuned else None, tuner.largest_ratio) for tuned in found]
+        if self.phase == "decode":
+            return self._tune_gammas(name, one, data, known)
         plans, largest = self._search(name, one, known)
         results: list[tuple[Tuned | None, SkipPlan | None, float]] = []
         for target in self.targets:
@@ -271,6 +299,27 @@ class _Match:
             tuner = Tuner(measure, tolerance=self.tolerance, largest=1.0)
             tuned = tuner.reach(target)
             results.append((tuned, scaled(tuned.scale) if tuned else None, tuner.largest_ratio))
+        return results
+
+    def _tune_gammas(
+        self, name: str, one: Contender, data: Measurements, known: Calibrated
+    ) -> list[tuple[Tuned | None, SkipPlan | None, float]]:
+        """Tune one threshold, since all tokens are text, under each gamma; take that of least loss on calibration data."""
+
+        def tuner_of(gamma: float) -> Tuner:
+            return Tuner(lambda scale: data.on_calibration(name, one.plan(known, scale, gamma)), tolerance=self.tolerance)
+
+        tuners = {gamma: tuner_of(gamma) for gamma in one.gammas}
+        results: list[tuple[Tuned | None, SkipPlan | None, float]] = []
+        for target in self.targets:
+            found = {gamma: tuned for gamma, tuner in tuners.items() if (tuned := tuner.reach(target))}
+            largest = max(tuner.largest_ratio for tuner in tuners.values())
+            # One that overshoots pays for what nobody asked for, unless all do.
+            gamma = min(found, key=lambda gamma: (not found[gamma].reached, found[gamma].evaluation.kl), default=None)
+            if gamma is None:
+                results.append((None, None, largest))
+            else:
+                results.append((found[gamma], one.plan(known, found[gamma].scale, gamma), largest))
         return results
 
     def _search(self, name: str, one: Contender, known: Calibrated) -> tuple[dict[float, PlanPoint], float]:
@@ -300,7 +349,9 @@ class _Match:
         assert self.unskipped is not None
         scores = data.on_test(name, plan)
         metrics, intervals = measured(scores, self.unskipped, self.seed)
-        skipped = {"calibration": tuned.evaluation.skip_ratio, **scores.skip_ratio, "prefill": scores.skip_ratio["all"]}
+        skipped = {"calibration": tuned.evaluation.skip_ratio, **scores.skip_ratio}
+        if self.phase == "prefill":
+            skipped["prefill"] = skipped["all"]
         speed = self._speed(name, plan)
         if speed is not None:
             skipped |= {phase: ratio for phase, ratio in speed.skipped.items() if ratio == ratio}

@@ -21,6 +21,7 @@ class SampleScores:
         flips_S: int64, those whose most likely token is another one.
         correct_S: bool, whether greedy decoding gives the answer.
         skip_ratio: Dropped / routed pairs, by name: ``all``, ``text``, ``vision``; in prefill, for the answers are given.
+            Other objectives have other names.
     """
 
     kl_S: Tensor
@@ -47,16 +48,19 @@ class SampleObjective(Objective):
                 flips = (unskipped.argmax(dim=-1) != logits.argmax(dim=-1)).long().cpu()
                 sums = [_by_sample(values, counts) for values in (kl, flips)]
                 parts.append((sums[0].clamp(min=0), counts, sums[1], correct.cpu()))
-        routed_m = (stats.pairs_routed - routed).sum(dim=(0, 2))
-        kept_m = (stats.pairs_kept - kept).sum(dim=(0, 2))
+        ratios = self._ratios(stats.pairs_routed - routed, stats.pairs_kept - kept)
+        kl_S, tokens_S, flips_S, correct_S = (torch.cat(column) for column in zip(*parts, strict=True))
+        return SampleScores(kl_S, tokens_S, flips_S, correct_S, ratios)
+
+    def _ratios(self, routed: Tensor, kept: Tensor) -> dict[str, float]:
+        """Return skip ratios by name from pairs counted, int64 [layers, modalities, phases]."""
+        routed_m, kept_m = routed.sum(dim=(0, 2)), kept.sum(dim=(0, 2))
         pairs = {"all": slice(None), "text": slice(0, 1), "vision": slice(1, 2)}
-        ratios = {
+        return {
             name: 1 - int(kept_m[part].sum()) / int(routed_m[part].sum())
             for name, part in pairs.items()
             if routed_m[part].sum()
         }
-        kl_S, tokens_S, flips_S, correct_S = (torch.cat(column) for column in zip(*parts, strict=True))
-        return SampleScores(kl_S, tokens_S, flips_S, correct_S, ratios)
 
 
 def _by_sample(values: Tensor, counts: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class DispatchedExperts(nn.Module):
     def dispatch(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Do the work of ``forward``: the very graph that the matcher anchors on."""
         top_k = ids_TK.shape[-1]
-        weights_S = marked(self, ids_TK, weights_TK).reshape(-1)  # in front of the sort, where the pass decides
+        ids_TK, weights_TK = marked(self, ids_TK, weights_TK)  # in front of the sort, where the pass decides
+        weights_S = weights_TK.reshape(-1)
         ids_g, perm = torch.sort(ids_TK.reshape(-1))
         counted = ids_g.float() if hidden_TH.device.type in ("cpu", "mps") else ids_g.int()  # the types that histc takes there
         counts = torch.histc(counted, bins=self.num_experts, min=0, max=self.num_experts - 1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from modes_fx.measure.compare import CONTENDERS, Comparison, Row
-from modes_fx.measure.compare.contenders import own_rule
+from modes_fx.measure.compare.contenders import own_rule, taking_part
 from modes_fx.measure.compare.output import write
 from modes_fx.measure.page.closeup import Closeup, Picture
 from tests.measure.page.reading import Reader, png, read
@@ -21,6 +21,7 @@ CLOSEUP = Closeup(
     {"text prefill": (0.25, 0.5), "vision prefill": (0.75, 1.0), "text decode": (0.125, None)},
     (Picture("what is it ?", "a <cat>", "a <cat>", "a dog", (("what", 0.5), ("is", 0.25)), png(), ((0.0, 0.5), (1.0, 0.25))),),
 )
+RULES = taking_part("prefill")
 TRIALS = tuple(
     {"gamma": gamma, "tau_text": text, "tau_vision": vision, "kl": text + vision, "ratio": 0.4 + text}
     for gamma in (0.0, 0.5)
@@ -48,7 +49,7 @@ def row(name: str, target: float, place: int) -> Row:
 
 @pytest.fixture
 def comparison() -> Comparison:
-    rows = tuple(row(name, target, place) for place, name in enumerate(CONTENDERS, start=1) for target in TARGETS)
+    rows = tuple(row(name, target, place) for place, name in enumerate(RULES, start=12 - len(RULES)) for target in TARGETS)
     alpha = ((0.75, 0.5), (0.25, 0.5))
     return Comparison(
         {"score": 0.9}, 512, rows, {"fastest": {"prefill": "grouped_mm"}}, "tempered", ("layers.0.mlp", "layers.1.mlp"), alpha,
@@ -78,7 +79,7 @@ def test_headlines_are_of_the_best_rule_at_the_largest_target(tmp_path: Path, co
     found = page(tmp_path, CLOSEUP, model=comparison)
     start = found.text.index("At 88%, the largest target met")
     said = found.text[start : start + 12]
-    assert "With tempered GMLG + DMT, the answers change least of the 10 rules" in said[1]
+    assert "With tempered GMLG + DMT, the answers change least of the 12 rules" in said[1]
     for value in ("88.2%", "100.0%", "8.8·10⁻⁶", "1.81×", "1.20×"):
         assert value in said
     assert any("(99.0–101.0%)" in part for part in said)
@@ -126,6 +127,15 @@ def test_a_speed_that_cannot_be_told_is_left_out(tmp_path: Path, comparison: Com
     assert "Decoding, times as fast as stock's fastest" not in found.text
     assert "nan" not in found.whole
     assert "grouped_mm" in found.text
+
+
+def test_decode_steps_are_told_as_such(tmp_path: Path, comparison: Comparison) -> None:
+    found = page(tmp_path, None, model=replace(without(comparison, speed={}), phase="decode"))
+    for said in ("decode steps that read equally many experts", "--phase prefill", "experts read in", "Skipped are experts"):
+        assert said in found.whole
+    for said in ("Experts unread", "pairs skipped", "40%"):
+        assert said in found.text
+    assert "Expert calls skipped" not in found.text
 
 
 def test_own_rule() -> None:
