@@ -129,7 +129,7 @@ bench-full: $(SYNC)  ## measure all: blocks on 1 and 2 threads, decoder layers, 
 	$(BIN)/modes-fx bench --parts block layers growth overhead --tokens 1 64 512 2048 --threads 1 2 \
 		--json out/bench/bench-full.json --plot out/bench/bench-full.svg
 
-gpu-check:  ## on a machine with a GPU: its tests, then times against goals (11 minutes at most; runs PYTHON as it is)
+gpu-check:  ## on a machine with a GPU: its tests, then times against goals (8 minutes at most; runs PYTHON as it is)
 	$(PYTHON) -m benchmarks.gpu_check --json out/gpu_check.json
 
 coverage: $(SYNC)  ## write the table of model families in docs/supported-models.md anew

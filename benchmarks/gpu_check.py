@@ -1,14 +1,13 @@
 """Does it pay on a GPU? The tests that need one, then times against stock's best, each with the goal that it is held to.
 
-    python -m benchmarks.gpu_check [--parts block decode] [--limit 60] [--json FILE]
+    python -m benchmarks.gpu_check [--parts block decode] [--seconds 480] [--json FILE]
     python -m benchmarks.gpu_check --tiny    # the same code on a CPU, with toy shapes: its ratios mean nothing
 
-For a machine that one has once: eleven minutes at most, eight without the parts `sizes` and `calibration`, from a
-checkout whose `dev` extra is installed. Each part is a process of its own with so many seconds: one that fails, crashes or is
-stopped leaves its lines of the table open and the others alone, and the file is written after each. A ratio is the median over
-rounds of time / time of the fastest stock setting in the same rounds; lines without a goal say what to set in
-``kernels/cuda/sizes.py``, the demo's are in seconds. Weights are random. *Graph*: the replay of a captured CUDA graph.
-``gpu_parts`` says how.
+For a machine that one has once: eight minutes at most, from a checkout whose `dev` extra is installed. Each part is a process
+of its own with so many seconds of them: one that fails, crashes or is stopped leaves its lines of the table open and the others
+alone, and the file is written after each. A ratio is the median over rounds of time / time of the fastest stock setting in the
+same rounds; lines without a goal say what to set in ``kernels/cuda/sizes.py``, the demo's are in seconds. Weights are random.
+*Graph*: the replay of a captured CUDA graph. ``gpu_parts`` says how.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -38,7 +38,9 @@ from modes_fx.measure.bench.measure import median_ratio
 from modes_fx.models.device import choose_device, describe_device
 
 ROOT = Path(__file__).parent.parent
-LIMITS = {"tests": 100, "generate": 140, "block": 70, "decode": 110, "prefill": 60, "sizes": 90, "calibration": 90}  # seconds
+LIMITS = {"tests": 100, "generate": 140, "block": 70, "decode": 110, "prefill": 60, "calibration": 90, "sizes": 90}
+"""Seconds of each part, in their order: those at the end get what the others leave."""
+IN_ALL = 480
 SECONDS = {"calibrate": 5.0, "search": 10.0}
 Goals = tuple[Sequence[float | None], Sequence[float | None]]
 GOALS: Mapping[str, Mapping[str, Goals]] = {  # skipped, and the ratios to stay below, or None
@@ -127,7 +129,7 @@ def run(part: str, tiny: bool, limit: float) -> list[Line]:
             status = subprocess.run(command, cwd=ROOT, timeout=limit, check=False).returncode
             why = f"ended with status {status}" if status else ""
         except subprocess.TimeoutExpired:
-            why = f"stopped after {limit:g} s"
+            why = f"stopped after {limit:.0f} s"
         if part == "tests":
             return [replace(line, met=not why, note=why) for line in open_lines(part)]
         known = [Line(**line) for line in json.loads(file.read_text())["lines"]] if file.exists() else open_lines(part)
@@ -173,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, write and print; ends with 1 where a goal is missed, or with toy shapes where a line has no ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS))
-    parser.add_argument("--limit", type=float, help=f"seconds of each part, instead of {LIMITS}")
+    parser.add_argument("--seconds", type=float, default=IN_ALL, help=f"in all; a part has these: {LIMITS}")
     parser.add_argument("--json", type=Path, default=Path("out/gpu_check.json"))
     parser.add_argument("--tiny", action="store_true", help="toy shapes, on a CPU")
     parser.add_argument("--here", action="store_true", help="one part, in this process")
@@ -186,8 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return measure(options.parts[0], TINY if options.tiny else Shapes(), device, options.json)
     versions = {"modes_fx": modes_fx.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     lines = {part: open_lines(part) for part in options.parts}
+    ends = time.monotonic() + options.seconds
     for part in options.parts:
-        lines[part] = run(part, options.tiny, options.limit or LIMITS[part])
+        left = ends - time.monotonic()
+        if left > 0:
+            lines[part] = run(part, options.tiny, min(LIMITS[part], left))
+        else:
+            lines[part] = [line.closed(f"no time left: run it with --parts {part}") for line in lines[part]]
         facts = {"schema": 1, "tiny": options.tiny, "device": describe_device(device), "versions": versions}
         write(options.json, {**facts, "lines": [line for some in lines.values() for line in some]})
     found = [line for some in lines.values() for line in some]

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,26 @@ def test_every_line_is_in_table_and_file_whatever_happens_to_its_part(
     shown = capsys.readouterr().out
     assert all(what in shown for what in ALL)
     assert "no: RuntimeError: out of memory" in shown
+
+
+def test_parts_that_no_time_is_left_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def slow(command: Sequence[str], *, timeout: float, **_: Any) -> subprocess.CompletedProcess[str]:
+        limits.append(timeout)
+        time.sleep(timeout)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", slow)
+    monkeypatch.setattr(gpu_check, "LIMITS", {"block": 0.02, "decode": 9.0, "prefill": 9.0})
+    file = tmp_path / "check.json"
+    with pytest.raises(SystemExit):
+        gpu_check.main(["--tiny", "--parts", "block", "decode", "prefill", "--seconds", "0.05", "--json", str(file)])
+    assert limits[0] == 0.02
+    assert limits[1] <= 0.03
+    notes = {line["what"]: line["note"] for line in json.loads(file.read_text())["lines"]}
+    assert "stopped" in notes["48 layers, decode, batch 1, graph"]
+    assert "--parts prefill" in notes["48 layers, prefill 8192"]
 
 
 def sizes(*_: Any) -> Iterator[tuple[str, Timed]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -47,22 +47,31 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text[: min((place for end in until if end and (place := text.find(end)) >= 0), default=len(text))]
 
 
-def chat(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def chat(messages: Sequence[Mapping[str, Any]], frames: Callable[[Any], Sequence[Image.Image]]) -> list[dict[str, Any]]:
     """Translate lmms-eval's messages of one question into those that a processor's chat template takes.
 
+    Args:
+        messages: Of text, images and videos.
+        frames: Reads a video's frames, which stand in its place.
+
     Raises:
-        ModesFxError: A content other than text and images.
+        ModesFxError: A content of another kind, or what ``frames`` raises.
     """
-    return [{"role": message["role"], "content": [_content(part) for part in message["content"]]} for message in messages]
+    return [
+        {"role": message["role"], "content": [content for part in message["content"] for content in _contents(part, frames)]}
+        for message in messages
+    ]
 
 
-def _content(part: Mapping[str, Any]) -> dict[str, Any]:
+def _contents(part: Mapping[str, Any], frames: Callable[[Any], Sequence[Image.Image]]) -> list[dict[str, Any]]:
     if part["type"] == "text":
-        return {"type": "text", "text": part["text"]}
+        return [{"type": "text", "text": part["text"]}]
     if part["type"] == "image":
         image = part["url"]
-        return {"type": "image", "image": image.convert("RGB") if isinstance(image, Image.Image) else image}
+        return [{"type": "image", "image": image.convert("RGB") if isinstance(image, Image.Image) else image}]
+    if part["type"] == "video":
+        return [{"type": "image", "image": frame} for frame in frames(part["url"])]
     raise ModesFxError(
-        f"--model modes_fx reads text and images, and a question has content of type {part['type']!r}. Choose a task of "
-        "images, or hand a video's frames over as images."
+        f"--model modes_fx reads text, images and videos, and a question has content of type {part['type']!r}. Choose another "
+        "task."
     )

@@ -7,6 +7,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from modes_fx.errors import ModesFxError, PlanError
 from modes_fx.lmms.generation import chat, cut, generation_settings
 from modes_fx.lmms.ratios import live_stats, measured
+from modes_fx.lmms.video import frames_of
 from modes_fx.models.device import choose_device
 from modes_fx.models.layers import Region
 from modes_fx.models.loading import check_torchvision, load
@@ -42,6 +44,8 @@ class ModesFx(lmms):  # type: ignore[misc]
         max_new_tokens: For tasks that name no limit.
         min_pixels: Smallest image, for processors that know it.
         max_pixels: Largest image, for processors that know it.
+        max_frames: Frames of a video, spread evenly; each is an image to the model.
+        frame_pixels: Largest frame.
         trust_remote_code: Whether Python code that comes with the model may run.
 
     Raises:
@@ -67,6 +71,8 @@ class ModesFx(lmms):  # type: ignore[misc]
         max_new_tokens: int = 1024,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_frames: int = 32,
+        frame_pixels: int = 448 * 448,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -91,6 +97,7 @@ class ModesFx(lmms):  # type: ignore[misc]
             optimize_model(model, plan, target=target, region=region)
         self.model, self.processor = model, processor
         self.batch_size, self._max_new_tokens = int(batch_size), max_new_tokens
+        self._frames = partial(frames_of, most=int(max_frames), pixels=int(frame_pixels))
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +109,7 @@ class ModesFx(lmms):  # type: ignore[misc]
         """Answer each request, and log the speed and the measured skip ratios among lmms-eval's metrics.
 
         Raises:
-            ModesFxError: A request has something other than text and images.
+            ModesFxError: A request has something other than text, images and videos, or a video that cannot be read.
         """
         groups: dict[str, list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
@@ -130,7 +137,7 @@ class ModesFx(lmms):  # type: ignore[misc]
         chats = []
         for request in requests:
             _, doc_to_messages, _, doc_id, task, split = request.args
-            chats.append(chat(doc_to_messages(self.task_dict[task][split][doc_id])))
+            chats.append(chat(doc_to_messages(self.task_dict[task][split][doc_id]), self._frames))
         settings, until = generation_settings(requests[0].args[2], self._max_new_tokens)
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token_id is None:

@@ -113,15 +113,20 @@ def _load_model(name: str, dtype: str, device_map: Any, trust_remote_code: bool)
 
 
 def _processor_class(model_type: str) -> Any:
-    """Return what loads a processor: Qwen3-VL's without its video processor, where there is no torchvision for that."""
+    """Return what loads a processor: one without its video processor, where there is no torchvision for that."""
     from transformers import AutoProcessor
 
-    from modes_fx.models.images_processor import Qwen3VLImagesProcessor
+    from modes_fx.models.images_processor import InternVLImagesProcessor, Qwen3VLImagesProcessor
 
-    images_alone = model_type in ("qwen3_vl", "qwen3_vl_moe") and importlib.util.find_spec("torchvision") is None
-    if images_alone:
-        logger.info("torchvision is not installed: the processor takes images, and no videos")
-    return Qwen3VLImagesProcessor if images_alone else AutoProcessor
+    images_alone = {
+        "qwen3_vl": Qwen3VLImagesProcessor,
+        "qwen3_vl_moe": Qwen3VLImagesProcessor,
+        "internvl": InternVLImagesProcessor,
+    }
+    if model_type not in images_alone or importlib.util.find_spec("torchvision") is not None:
+        return AutoProcessor
+    logger.info("torchvision is not installed: the processor takes images, and no videos")
+    return images_alone[model_type]
 
 
 def _load_processor(name: str, kind: Any, trust_remote_code: bool, sees_images: bool, settings: Mapping[str, Any]) -> Any:

@@ -48,13 +48,27 @@ def test_an_answer_ends_at_the_first_of_its_ends() -> None:
 def test_messages_keep_their_order_and_images_become_rgb() -> None:
     grey = Image.new("L", (4, 4), 7)
     content = [{"type": "text", "text": "a"}, {"type": "image", "url": grey}, {"type": "image", "url": "a.png"}]
-    (message,) = chat([{"role": "user", "content": content}])
+    (message,) = chat([{"role": "user", "content": content}], no_frames)
     assert [part.get("text") for part in message["content"]] == ["a", None, None]
     assert message["content"][1]["image"].mode == "RGB"
     assert message["content"][2] == {"type": "image", "image": "a.png"}
 
 
-@pytest.mark.parametrize("kind", ["video", "audio"])
-def test_other_media_are_refused(kind: str) -> None:
-    with pytest.raises(ModesFxError, match=f"text and images, and a question has content of type '{kind}'"):
-        chat([{"role": "user", "content": [{"type": kind, "url": "a"}]}])
+def test_a_videos_frames_stand_in_its_place() -> None:
+    frames = {"a.mp4": [Image.new("RGB", (1, 1), colour) for colour in ("red", "blue")]}
+    content = [{"type": "text", "text": "a"}, {"type": "video", "url": "a.mp4"}, {"type": "text", "text": "b"}]
+    (message,) = chat([{"role": "user", "content": content}], frames.__getitem__)
+    assert message["content"] == [
+        {"type": "text", "text": "a"},
+        *({"type": "image", "image": frame} for frame in frames["a.mp4"]),
+        {"type": "text", "text": "b"},
+    ]
+
+
+def test_sound_is_refused() -> None:
+    with pytest.raises(ModesFxError, match="text, images and videos, and a question has content of type 'audio'"):
+        chat([{"role": "user", "content": [{"type": "audio", "url": "a"}]}], no_frames)
+
+
+def no_frames(video: object) -> list[Image.Image]:
+    raise AssertionError(f"there is no video to read, got {video}")

@@ -107,7 +107,7 @@ def test_settings_of_a_request_are_followed(lm: Any) -> None:
 
 
 def test_requests_that_cannot_be_answered(lm: Any) -> None:
-    with pytest.raises(ModesFxError, match="content of type 'video'"):
+    with pytest.raises(ModesFxError, match=r"Cannot read the video a\.mp4"):
         lm.generate_until(requests(lm, [user({"type": "video", "url": "a.mp4"})]))
     with pytest.raises(ModesFxError, match="not loglikelihood"):
         lm.loglikelihood([])
