@@ -108,13 +108,13 @@ test-upstream: $(THEIRS)/.fetched  ## run transformers' own model tests on optim
 	$(BIN)/python -m pytest --numprocesses auto tests/upstream/common.py $(if $(FAMILIES),-k '$(FAMILIES)') \
 		-o addopts='-p no:cacheprovider' -o filterwarnings=ignore  # they have markers of their own, and warn
 
-fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused, or read as what it was (15 minutes)
+fuzz: $(SYNC)  ## damage the files that are read 100,000 times: each is refused, or read as what it was (5 minutes)
 	$(BIN)/python -m tests.fuzz
 
-crash: $(SYNC)  ## kill calibrate, search and compare 50 times each and go on: the result of an uncut run (half an hour)
+crash: $(SYNC)  ## kill calibrate, search and compare 50 times each and go on: the result of an uncut run (an hour)
 	$(BIN)/python -m tests.crash
 
-soak: $(SYNC)  ## thousands of random models, plans and calls against the oracle, then four threads and a plan a second (2 hours)
+soak: $(SYNC)  ## thousands of random models, plans and calls against the oracle, then four threads and a plan a second (an hour)
 	$(BIN)/python -m tests.soak
 
 lint: $(SYNC)  ## check style and types

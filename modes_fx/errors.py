@@ -52,7 +52,7 @@ class UnreachableError(CalibrationError):
 
 
 class CompilerError(ModesFxError, RuntimeError):
-    """Inductor cannot generate code on this machine.
+    """Inductor cannot generate code on this machine, or torch.compile is switched off.
 
     Install a C++ compiler (``apt-get install g++``), or name one in the environment variable ``CXX``; start Python anew.
     """

@@ -68,6 +68,10 @@ _ONE_A_TOKEN = ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids", 
 def check_shapes(inputs: Mapping[str, Any], name: str) -> None:
     """Refuse a forward whose arguments contradict each other, by their shapes alone.
 
+    NOTE [placeholders without pixels] They are let through, as stock lets them: to look for placeholders in the ids would make
+    every forward wait for the device, and what stands in their places may come from elsewhere (a cache, a hook). Pixels for
+    another number of placeholders stock refuses itself, with both numbers.
+
     Args:
         inputs: All arguments by name.
         name: Of the one that holds the tokens, [B, S, ...]: ``input_ids`` or ``inputs_embeds``.

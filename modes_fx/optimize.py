@@ -76,7 +76,7 @@ def optimize(
     Raises:
         PlanError: The plan is unreadable, for another model, or lacks the target.
         NoRoutingSiteError: The model has no MoE layer, or none could be rewritten.
-        CompilerError: Inductor has no C++ compiler.
+        CompilerError: Inductor has no C++ compiler, or torch.compile is switched off.
         ModelError: The region is not ``"moe"``, and accelerate's hooks or an all-to-all are inside it; the model is a stage of
             a pipeline, or in a ``FullyShardedDataParallel``; or ``prepack`` has nothing to pack.
         ModesFxError: An unknown region, dispatch, mode or option.

@@ -1,6 +1,7 @@
 """Damaged files, by the thousand: each is refused with one of our errors, or read as the content that it had.
 
-    python -m tests.fuzz --mutations 100000 --seed 0    # `make fuzz`; fails on the first file that is neither
+    python -m tests.fuzz --mutations 100000 --seed 0    # `make fuzz`; fails on the first file that is neither, and leaves it
+    python -m tests.fuzz --seed 0 --readers plan        # what one reader was given, again
 
 Files that are signed must never be read as anything else. Others (data, configs and pickles of somebody else's) have no digest:
 what is asked of their readers is that they raise nothing but our errors.
@@ -262,11 +263,15 @@ def quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
+    names = [reader.name for reader in READERS]
+    parser.add_argument("--readers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     options = parser.parse_args()
     for reader, count in shares(options.mutations):
+        if reader.name not in options.readers:
+            continue
         started = time.monotonic()
         with quiet():
             outcomes = fuzz(reader, count, random.Random(f"{options.seed} {reader.name}"), Path(tempfile.mkdtemp()))

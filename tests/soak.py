@@ -54,8 +54,10 @@ PLANS = (
 )
 
 
-def search_cases(count: int, seed: int, on_case: Callable[[Case], tuple[int, int]] = check) -> Counter[str]:
-    """Run so many cases of one pool.
+def search_cases(
+    stages: list[Stage], count: int, seed: int, on_case: Callable[[Case], tuple[int, int]] = check
+) -> Counter[str]:
+    """Run so many cases on some stages.
 
     Returns:
         How many were ``decided``, how many of these ``skipped some`` pairs and not all, and why others were not.
@@ -71,7 +73,7 @@ def search_cases(count: int, seed: int, on_case: Callable[[Case], tuple[int, int
         max_examples=count, database=None, deadline=None, suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )  # fmt: skip
-    @hypothesis.given(cases(pool(seed)))
+    @hypothesis.given(cases(stages))
     def one(case: Case) -> None:
         try:
             routed, kept = on_case(case)
@@ -184,8 +186,10 @@ def resident_mib() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def soak(seconds: float, seed: int, stage: Stage = STAGE, tell: Callable[[str], object] = lambda line: None) -> Counter[str]:
-    """Ask one model from several threads while its plan changes every second.
+def soak(
+    seconds: float, seed: int, stage: Stage = STAGE, tell: Callable[[str], object] = lambda line: None, every: float = 1
+) -> Counter[str]:
+    """Ask one model from several threads while its plan changes, every second if nothing else is said.
 
     Returns:
         How many answers were of ``one`` plan or ``spanned`` a change, how many ``changes`` there were, and ``graphs made
@@ -215,7 +219,7 @@ def soak(seconds: float, seed: int, stage: Stage = STAGE, tell: Callable[[str], 
     began, memory = time.monotonic(), list[tuple[float, float]]()
     for thread in threads:
         thread.start()
-    while not done.wait(1) and (passed := time.monotonic() - began) < seconds:
+    while not done.wait(every) and (passed := time.monotonic() - began) < seconds:
         plans.change()
         counts["changes"] += 1
         if passed >= len(memory) * seconds / 12:
@@ -254,7 +258,7 @@ def main() -> None:
     with fuzz.quiet():
         for number in range(-(-given.cases // EACH)):
             count, started = min(EACH, given.cases - number * EACH), time.monotonic()
-            found = search_cases(count, first + number)
+            found = search_cases(pool(first + number), count, first + number)
             others = sum(found.values()) - found["decided"] - found["skipped some"]
             tell(
                 f"seed {first + number}: {found['decided']} cases as the oracle, {found['skipped some']} of which skip some; "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 from torch import nn
 
@@ -115,6 +116,20 @@ def test_one_refused_site_leaves_the_other_rewritten_and_is_reported() -> None:
 def test_no_compiler_for_inductor(shared: nn.Module) -> None:
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         refused(shared, PLAN, error=CompilerError, match=r"C\+\+ compiler.*g\+\+.*CXX")
+
+
+@pytest.mark.parametrize(
+    ("off", "by"),
+    [
+        (lambda: torch._dynamo.config.patch(disable=True), "TORCH_COMPILE_DISABLE"),
+        (lambda: torch.compiler.set_stance("force_eager"), "force_eager"),
+    ],
+)
+def test_where_torch_compile_is_switched_off_nothing_is_optimised_or_inspected(shared: nn.Module, off: Any, by: str) -> None:
+    with off():
+        refused(shared, PLAN, error=CompilerError, match=by)
+        with pytest.raises(CompilerError, match=by):
+            modes_fx.inspect(shared)
 
 
 def test_a_failure_in_the_middle_leaves_the_model_as_it_was(shared: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

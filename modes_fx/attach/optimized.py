@@ -9,13 +9,15 @@ from dataclasses import fields
 from typing import Any, cast
 
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 
 from modes_fx.attach.expert_parallel import ExpertParallel
 from modes_fx.attach.probe import probe
 from modes_fx.attach.regions import OneLayer, Regions, compiled_block, compiled_module
 from modes_fx.attach.watch import Watch
-from modes_fx.errors import ModelError
+from modes_fx.errors import CompilerError, ModelError
 from modes_fx.graph.backend import SkipBackend
 from modes_fx.graph.checkpoints import forget_forwards, remember_forwards
 from modes_fx.graph.experts import IMPLEMENTATION, Site, attach, dispatch_of, is_expert_parallel, left_in_a_copy
@@ -115,7 +117,12 @@ class Optimized:
 
 
 def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispatch: Dispatch, rule: str) -> Optimized:
-    """Trace every site of a model, for ``optimize`` and ``inspect``; what that changed is changed back by ``undo``."""
+    """Trace every site of a model, for ``optimize`` and ``inspect``; what that changed is changed back by ``undo``.
+
+    Raises:
+        CompilerError: torch.compile is switched off.
+    """
+    _check_dynamo()
     logger.info("%s: tracing %d MoE layers", type(model).__name__, len(layers))
     state = Optimized(model, layers, region, dispatch, rule)
     try:
@@ -138,6 +145,14 @@ def trace_sites(model: nn.Module, layers: list[MoeLayer], region: Region, dispat
         state.undo()
         raise
     return state
+
+
+def _check_dynamo() -> None:
+    """Refuse to trace where dynamo runs everything as it is written: no site would be found, and nothing skipped."""
+    stance = eval_frame._stance.stance
+    if torch._dynamo.config.disable or stance != "default":
+        by = "TORCH_COMPILE_DISABLE=1" if torch._dynamo.config.disable else f"torch.compiler.set_stance({stance!r})"
+        raise CompilerError(f"torch.compile is switched off by {by}, so that no model can be traced. Undo that first.")
 
 
 def _take_apart(state: Optimized, index: int) -> None:

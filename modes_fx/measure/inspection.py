@@ -161,6 +161,7 @@ def inspect(
 
     Raises:
         ModelError: There is no such model, or it cannot be built.
+        CompilerError: torch.compile is switched off.
     """
     wanted = _device(device)
     if not isinstance(model, nn.Module):

@@ -48,6 +48,31 @@ def test_what_contradicts_itself_is_named_with_both_shapes(optimized_vlm: nn.Mod
     assert torch.isfinite(harness.logits(optimized_vlm, inputs)).all()  # and the next one runs
 
 
+def without_placeholders(inputs: Inputs) -> Inputs:
+    return {**inputs, "input_ids": torch.where(inputs["input_ids"] == tiny.IMAGE, 5, inputs["input_ids"])}
+
+
+def one_image_less(inputs: Inputs) -> Inputs:
+    return {**inputs, "pixel_values": inputs["pixel_values"][16:], "image_grid_thw": inputs["image_grid_thw"][1:]}
+
+
+@pytest.mark.parametrize(("change", "tokens", "features"), [(without_placeholders, 0, 12), (one_image_less, 12, 8)])
+def test_pixels_for_other_placeholders_stock_refuses_with_both_numbers(
+    optimized_vlm: nn.Module, change: Any, tokens: int, features: int
+) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match=f"tokens: {tokens}, features: {features}"):
+        optimized_vlm(**change(tiny.mixed_batch()))
+
+
+def test_placeholders_without_pixels_are_visual_tokens_all_the_same(optimized_vlm: nn.Module) -> None:
+    inputs = {name: value for name, value in tiny.mixed_batch().items() if name in ("input_ids", "attention_mask")}
+    with modes_fx.stats(optimized_vlm) as stats:
+        answer = harness.logits(optimized_vlm, inputs)
+    real = inputs["attention_mask"] == 1
+    assert harness.relative_error(answer, harness.logits(tiny.make(), inputs), real) < 1e-5
+    assert int(stats.pairs_routed[:, 1].sum()) == 2 * 12 * 3
+
+
 def test_embeddings_are_named_where_there_are_no_ids() -> None:
     with pytest.raises(ModalityError, match=r"token_type_ids has shape \[1, 4\], but inputs_embeds holds 1 sequences of 3"):
         check_shapes({"inputs_embeds": torch.zeros(1, 3, 8), "token_type_ids": torch.zeros(1, 4)}, "inputs_embeds")

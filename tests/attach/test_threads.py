@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import modes_fx
@@ -96,6 +97,25 @@ def test_two_optimised_models_and_a_stock_one_do_not_mix_in_threads() -> None:
         together(*[lambda job=job: calls(*job) for job in zip(models, inputs, expected, strict=True)] * 2)
     assert [int(stats.pairs_routed.sum()) for stats in alone] == [2 * 40 * 18 * 3] * 2
     assert alone[1].skip_ratio() == 1
+
+
+@pytest.mark.parametrize("region", ["moe", "layer"])
+def test_a_call_that_dynamo_passes_over_is_answered_and_counted_alike_and_the_next_is_compiled(region: Any) -> None:
+    """Dynamo leaves such a function alone for good, unless it is told otherwise."""
+    model, inputs = modes_fx.optimize(tiny.one_layer(), PLAN, region=region), tiny.text_batch()
+
+    def ask() -> tuple[Tensor, Tensor]:
+        with modes_fx.stats(model).reset() as stats:
+            return logits(model, inputs), stats.pairs_kept.clone()
+
+    with torch._dynamo.config.patch(disable=True):
+        passed_over = ask()
+    assert modes_fx.report(model).graphs == 0
+    compiled = ask()
+    assert modes_fx.report(model).graphs == 1
+    torch.testing.assert_close(passed_over[0], compiled[0])
+    assert passed_over[1].equal(compiled[1])
+    assert 0 < int(compiled[1].sum()) < 18 * 3
 
 
 def test_restored_models_leave_nothing_behind() -> None:

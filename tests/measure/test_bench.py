@@ -43,7 +43,9 @@ def stack() -> Any:
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_the_command_measures_every_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_measures_every_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # stock without Inductor, too
     result = run(
         "bench", "--preset", "tiny", "--parts", "block", "layers", "growth", "--tokens", "1", "16", "--skip", "0", "0.5",
@@ -51,6 +53,9 @@ def test_the_command_measures_every_part(tmp_path: Path, monkeypatch: pytest.Mon
         "--json", tmp_path / "bench.json", "--plot", tmp_path / "bench.svg",
     )  # fmt: skip
     assert result.exit_code == 0
+    said = [record.getMessage() for record in caplog.records if record.name == parts.__name__]
+    assert said[:2] == ["building 1 layers of tiny with random weights", "measuring what this machine can do on 1 threads"]
+    assert sum("timing block, 1 threads, T 16: " in line or "timing 1 layers, decode: " in line for line in said) == 2
     facts = json.loads((tmp_path / "bench.json").read_text())
     assert (facts["schema"], facts["shape"]["num_experts"], facts["machines"][0]["threads"]) == (output.JSON_SCHEMA, EXPERTS, 1)
     rows = facts["rows"]

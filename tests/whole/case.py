@@ -27,6 +27,7 @@ FAMILIES = (*FREE, *(name for name, family in TABLED.items() if not family.expec
 
 RULES = ("threshold", "batch_threshold", "reduce_k", "naee", "naee_top2", "diep", "random", "mc_moe")
 REGIONS = ("moe", "layer", "model")
+CACHES: tuple[Cache, ...] = ("none", "dynamic", "static")
 OBSERVABLE = {"tiny/qwen3_vl_moe", "tiny/glm4v_moe", "tiny/qwen3_moe", "tiny/qwen2_moe", "tiny/mixtral", "tiny/olmoe"}
 """Families whose attention runs as sdpa in layers of the usual form, so that a rule that protects tokens can watch it."""
 LEVELS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.9, math.inf)
@@ -42,6 +43,7 @@ class Stage:
         region: See ``modes_fx.optimize``; so are ``dispatch`` and ``rule``.
         dynamic: See ``modes_fx.optimize``; True is cheap, as it makes fewer graphs.
         inductor: Whether Inductor compiles the rewritten graphs, or they run as they are.
+        cache: The kind of cache of all its calls; None for any.
     """
 
     family: str
@@ -51,6 +53,7 @@ class Stage:
     rule: str = "threshold"
     dynamic: bool | None = True
     inductor: bool = False
+    cache: Cache | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,8 @@ def _tuples(value: Any) -> Any:
 def pool(seed: int, size: int = 9) -> list[Stage]:
     """Draw the stages of one run; every family, rule and region comes up for some seed.
 
-    One in three has a family that takes any rule, one in six bfloat16, one is compiled by Inductor.
+    One in three has a family that takes any rule, one in six bfloat16, one is compiled by Inductor. Each kind of cache makes
+    graphs of its own in wider regions, and graphs are what a run takes its time for: there all calls of a stage have one kind.
     """
     draw, stages = random.Random(seed), []
     for number in range(size):
@@ -132,7 +136,8 @@ def pool(seed: int, size: int = 9) -> list[Stage]:
         watched = family in OBSERVABLE and dtype == "float32"
         rule = draw.choice([rule for rule in RULES if rule != "mc_moe" or watched])
         dispatch, dynamic = draw.choice(("compact", "static")), draw.choice((None, True))
-        stages.append(Stage(family, dtype, region, dispatch, rule, dynamic, inductor=number == 0))
+        cache = None if region == "moe" else draw.choice(CACHES)
+        stages.append(Stage(family, dtype, region, dispatch, rule, dynamic, inductor=number == 0, cache=cache))
     return stages
 
 
@@ -174,7 +179,7 @@ def calls(stage: Stage) -> st.SearchStrategy[Call]:
         st.lists(row, min_size=1, max_size=3).map(tuple),
         st.sampled_from(sides),
         st.sampled_from(("forward", "generate")),
-        st.sampled_from(("none", "dynamic", "static")),
+        st.sampled_from(CACHES if stage.cache is None else (stage.cache,)),
         st.integers(0, 3),
         st.integers(0, 99),
     )

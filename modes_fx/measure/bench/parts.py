@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from modes_fx.measure.bench.options import Options
 from modes_fx.measure.bench.settings import BLOCK_SETTINGS, LAYER_SETTINGS, ONE_GRAPH_SETTINGS, Contender, Twins, thresholds
 from modes_fx.models.device import choose_device
 from modes_fx.models.layers import Region, find_moe_layers
+
+logger = logging.getLogger(__name__)
 
 GROWTH_SKIPS = (0.0, 0.5, 0.75, 0.88, 0.95)
 
@@ -76,6 +79,7 @@ class _Run:
     def __init__(self, options: Options, progress: Progress, keep: Callable[[Bench], None]) -> None:
         self.options, self.progress, self.keep = options, progress, keep
         self.device = choose_device(options.device)
+        logger.info("building %d layers of %s with random weights", options.layers, options.preset)
         self.stack = build(options.preset, options.layers, options.skew, device=self.device)
         self.block = block_of(self.stack)
         self.width = self.stack.config.hidden_size
@@ -91,6 +95,7 @@ class _Run:
     def all(self) -> Bench:
         for threads in self.options.threads or (torch.get_num_threads(),):
             torch.set_num_threads(threads)
+            logger.info("measuring what this machine can do on %d threads", threads)
             machine = measure_machine(self.device)
             self.found.machines.append(machine)
             twins = Twins(self.block, self.found.failed)  # afresh: code is generated for a number of threads
@@ -143,11 +148,13 @@ class _Run:
     def _overhead(self) -> None:
         decode, steps, token = self._decode_arguments(), 10 * self.options.rounds, self._text(1)
         for region in ("moe", "model"):
+            logger.info("timing what skipping itself costs, region %s: %d decode steps", region, steps)
             self.found.overhead.append(overhead.measure(self.stack, region, decode, steps, token))
             self.keep(self.found)
 
     def _time(self, work: Work, contenders: list[Contender], name: str) -> None:
         rounds = self.options.rounds * (3 if work.phase == "decode" else 1)
+        logger.info("timing %s: %d settings, each compiled first", name, len(contenders))
         self.found.rows += time_work(
             work, contenders, rounds, limit_s=self.options.limit_s, failed=self.found.failed, flush=self._flushed.amax,
             on_step=lambda done, total: self.progress(name, done, total),

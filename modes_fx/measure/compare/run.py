@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,6 +33,8 @@ from modes_fx.measure.compare.tuning import Tuned, Tuner
 from modes_fx.models.device import device_name
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
+
+logger = logging.getLogger(__name__)
 
 TARGETS = (0.5, 0.67, 0.75, 0.83, 0.88)
 
@@ -221,6 +224,7 @@ class _Match:
 
     def play(self, rule: str, chosen: dict[str, Contender], known: Calibrated) -> dict[str, list[Row]]:
         """Tune and measure all contenders of one keep-rule."""
+        logger.info("tuning %s to %d targets, and measuring", ", ".join(chosen), len(self.targets))
         optimize(self.model, next(iter(chosen.values())).plan(known, 0.0))
         data = Measurements(self.model, self.calibration, self.test, known.layers, self.records)
         if self.unskipped is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ from modes_fx.measure.timing import in_turn, now
 from modes_fx.models.device import cpu_name, device_name
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
+
+logger = logging.getLogger(__name__)
 
 _NEW_TOKENS = 24
 
@@ -41,6 +44,7 @@ def time_settings(
     Returns:
         ``prefill_ms`` and ``decode_ms_per_token``, each setting's median, and ``setup``.
     """
+    logger.info("timing %d stock settings and %d of modes-fx, compiled first", 4, 1 + len(plan.targets))
     stock, ours = load(), optimize(load())
     twins = {
         "stock": stock,
