@@ -1,13 +1,16 @@
 """vLLM on this CPU with the plug-in against vLLM without: prefill and decode of two layers of Qwen3-30B-A3B's shape.
 
-    python benchmarks/serving.py [--prefill 2048] [--decode 16] [--rounds 7] [--threads 2] [--compile]
+    python benchmarks/serving.py [--prefill 2048] [--decode 24] [--rounds 6] [--threads 2] [--compile]
 
 Random weights (2.6 GB in bfloat16), one request at a time, in an environment with vLLM (`make test-vllm` makes one). Two
-engines in one process, one of which has the plug-in, whose target is changed as it runs; measured in turn, median over rounds
-of the times without / with. Prefill is the time to the first token, decode the time of each that follows.
+engines in one process, one of which has the plug-in, whose target is changed as it runs. They take turns step by step, so that
+whatever else the machine does meets both alike: median over all steps of the times without / with. A step of prefill computes
+the whole prompt, one of decode the token that follows. The engines exchange the memory of their experts' weights after each
+round: with the same code in both, one was up to 3% faster than the other by where its weights lay.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -63,30 +66,47 @@ def fill(model: torch.nn.Module) -> None:
             parameter.data.copy_(torch.randn(parameter.shape[-2:], generator=generator) * scale)  # of experts, all alike
 
 
-def worker_of(llm: Any) -> Any:
-    """Return the worker of an engine in this process."""
-    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+_names = itertools.count()
 
 
-def seconds(llm: Any, length: int, tokens: int, seed: int) -> float:
-    """Return the time of one request."""
+def ask(llm: Any, length: int, tokens: int, seed: int) -> None:
+    """Add a request, which the next step begins."""
     from vllm import SamplingParams
 
     ids = torch.randint(SHAPE["vocab_size"], (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+    llm.llm_engine.add_request(str(next(_names)), {"prompt_token_ids": ids}, sampling)
+
+
+def step(llm: Any) -> float:
+    """Return the time of an engine's next step."""
     started = time.perf_counter()
-    llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+    llm.llm_engine.step()
     return time.perf_counter() - started
+
+
+def moe_layers(llm: Any) -> list[Any]:
+    """Return the MoE layers of an engine in this process."""
+    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    return [module for module in worker.get_model().modules() if hasattr(module, "routed_experts")]
+
+
+def exchange_weights(llms: list[Any]) -> None:
+    """Let each of two engines read its experts' weights where the other did; they are the same."""
+    for one, other in zip(*map(moe_layers, llms), strict=True):
+        for mine, theirs in zip(one.routed_experts.parameters(), other.routed_experts.parameters(), strict=True):
+            mine.data, theirs.data = theirs.data, mine.data
 
 
 def routing_weights(llm: Any, length: int) -> torch.Tensor:
     """Return the routing weights of one request, [pairs]: to find thresholds that skip a given part of them."""
     seen: list[torch.Tensor] = []
-    layers = [module for module in worker_of(llm).get_model().modules() if hasattr(module, "routed_experts")]
+    layers = moe_layers(llm)
     for layer in layers:
         choose = layer.router._compute_routing
         layer.router._compute_routing = lambda *args, _choose=choose, **kwargs: _note(seen, _choose(*args, **kwargs))
-    seconds(llm, length, 1, seed=0)
+    ask(llm, length, 1, seed=0)
+    step(llm)
     for layer in layers:
         del layer.router._compute_routing
     return torch.cat([each.flatten() for each in seen])
@@ -101,8 +121,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt")
-    parser.add_argument("--decode", type=int, default=16, help="tokens generated")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--decode", type=int, default=24, help="tokens generated")
+    parser.add_argument("--rounds", type=int, default=6, help="even, for each memory to serve both alike")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.88])
     parser.add_argument("--compile", action="store_true", help="let vLLM compile, as it does unless told not to")
@@ -117,40 +137,50 @@ def main() -> None:
         bounds = [0.0, *(float(weights.quantile(ratio)) for ratio in options.ratios)]
         plan = SkipPlan(points=tuple(PlanPoint(*each, each[1]) for each in zip(targets, bounds, strict=True)))
         served = start(folder, plan, options)
-        found = {phase: measure(without, served, targets, options, phase) for phase in ("prefill", "decode")}
+        found = {phase: measure([without, served], targets, options, phase) for phase in ("prefill", "decode")}
     rows = [
-        [phase, f"{1e3 * statistics.median(times[None]):.1f}"]
-        + [f"{speed_up(times[None], times[target]):.2f} ({skipped[target]:.0%})" for target in targets]
+        [phase, f"{1e3 * statistics.median(old for steps in times.values() for old, _ in steps):.1f}"]
+        + [f"{speed_up(times[target]):.2f} ({skipped[target]:.0%})" for target in targets]
         for phase, (times, skipped) in found.items()
     ]
     print(f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}, {'compiled' if options.compile else 'eager'}")
     print(tabulate(rows, headers=["", "without, ms", *(f"skip {target:.0%}" for target in targets)], disable_numparse=True))
 
 
-Times = dict[float | None, list[float]]
+Steps = list[tuple[float, float]]  # times without and with
 
 
 def measure(
-    without: Any, served: Any, targets: list[float], options: argparse.Namespace, phase: str
-) -> tuple[Times, dict[float, float]]:
-    """Return times round by round, the first left out, without the plug-in (None) and for each target; and what was skipped."""
-    times: Times = {key: [] for key in (None, *targets)}
-    skipped = {}
+    llms: list[Any], targets: list[float], options: argparse.Namespace, phase: str
+) -> tuple[dict[float, Steps], dict[float, float]]:
+    """Return the times of steps for each target, and what was skipped; llms are an engine without and one with the plug-in."""
+    times: dict[float, Steps] = {target: [] for target in targets}
+    skipped: dict[float, float] = {}
+    length, tokens = (options.prefill, 1) if phase == "prefill" else (16, options.decode + 1)
     for index in range(options.rounds + 1):
-        for target in (None, *targets):
-            llm = without if target is None else served
-            if target is not None:
-                llm.collective_rpc("modes_fx_set_target", args=(target, target))
-            before = None if target is None else pairs(llm)
-            if phase == "prefill":
-                times[target].append(seconds(llm, options.prefill, 1, seed=index))
-            else:
-                more = seconds(llm, 16, options.decode + 1, seed=index) - seconds(llm, 16, 1, seed=index)
-                times[target].append(more / options.decode)
-            if before is not None and target is not None:
-                grown = [new - old for new, old in zip(pairs(llm), before, strict=True)]
-                skipped[target] = 1 - sum(grown[1::2]) / sum(grown[::2])
-    return {key: each[1:] for key, each in times.items()}, skipped
+        for target in targets:
+            llms[1].collective_rpc("modes_fx_set_target", args=(target, target))
+            before = pairs(llms[1])
+            for llm in llms:
+                ask(llm, length, tokens, seed=index)
+            first = [in_turn(llms, index // 2)]  # the memory changes each round
+            steps = [in_turn(llms, index + each) for each in range(tokens - 1)] or first
+            if index:  # the round before the first warms up
+                times[target] += steps
+            grown = [new - old for new, old in zip(pairs(llms[1]), before, strict=True)]
+            phases = [2, 3, 6, 7] if phase == "decode" else [0, 1, 4, 5]
+            routed, kept = (sum(grown[each] for each in phases[start::2]) for start in (0, 1))
+            skipped[target] = 1 - kept / routed
+        exchange_weights(llms)
+    return times, skipped
+
+
+def in_turn(llms: list[Any], turn: int) -> tuple[float, float]:
+    """Return the times of one step of each engine; who is first changes from turn to turn."""
+    if turn % 2:
+        return step(llms[0]), step(llms[1])
+    with_it = step(llms[1])
+    return step(llms[0]), with_it
 
 
 def pairs(llm: Any) -> list[int]:
@@ -159,9 +189,9 @@ def pairs(llm: Any) -> list[int]:
     return list(found)
 
 
-def speed_up(without: list[float], other: list[float]) -> float:
-    """Return the median over rounds of the times without / with."""
-    return statistics.median(old / new for old, new in zip(without, other, strict=True))
+def speed_up(steps: Steps) -> float:
+    """Return the median of the times without / with."""
+    return statistics.median(old / new for old, new in steps)
 
 
 if __name__ == "__main__":

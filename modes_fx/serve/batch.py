@@ -25,7 +25,9 @@ def phases_of(scheduled_R: Ints, computed_R: Ints, prompt_R: Ints) -> Ints:
         computed_R: Its tokens before these.
         prompt_R: Length of its prompt.
     """
-    of_prompt_R = np.clip(prompt_R - computed_R, 0, scheduled_R)
+    of_prompt_R = np.minimum(np.maximum(prompt_R - computed_R, 0), scheduled_R)
+    if not of_prompt_R.any():  # nearly every batch of a server at work
+        return np.ones(scheduled_R.sum(), dtype=np.int64)
     lengths = np.stack([of_prompt_R, scheduled_R - of_prompt_R], axis=1).ravel()
     return np.repeat(np.tile(np.array([0, 1]), len(scheduled_R)), lengths)
 

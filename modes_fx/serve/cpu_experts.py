@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modes_fx.serve.thresholds import Thresholds
+
 Kernel = Callable[..., None]
 """``kernel(output_NH, hidden_NH, weights_NK, ids_NK)``."""
 
@@ -21,31 +23,30 @@ def dispatch_kept(
         kernel: Computes experts over rows.
         output_TH: Where the result goes.
         hidden_TH: One row a token.
-        weights_TK: float32.
-        ids_TK: int32; ``num_experts`` marks a dropped pair.
+        weights_TK: float32, contiguous.
+        ids_TK: int32, contiguous; ``num_experts`` marks a dropped pair.
         num_experts: E.
     """
-    keep_TK = ids_TK < num_experts
-    kept = int(keep_TK.sum())
+    pair_N = (ids_TK < num_experts).view(-1).nonzero().squeeze(1)
+    kept = pair_N.shape[0]
     if kept == ids_TK.numel():
         kernel(output_TH, hidden_TH, weights_TK, ids_TK)
         return
     if not kept:
         output_TH.zero_()
         return
+    weights_N, ids_N = (each.view(-1).index_select(0, pair_N) for each in (weights_TK, ids_TK))
     if output_TH.shape[0] == 1:  # one token with fewer experts is what the kernel knows already
-        kernel(output_TH, hidden_TH, weights_TK[keep_TK].unsqueeze(0), ids_TK[keep_TK].unsqueeze(0))
+        kernel(output_TH, hidden_TH, weights_N.unsqueeze(0), ids_N.unsqueeze(0))
         return
-    token_N, rank_N = keep_TK.nonzero(as_tuple=True)
+    token_N = pair_N // ids_TK.shape[1]
     out_NH = torch.empty(kept, output_TH.shape[1], dtype=output_TH.dtype)
-    weights_N1, ids_N1 = (each[token_N, rank_N].unsqueeze(1) for each in (weights_TK, ids_TK))
-    kernel(out_NH, hidden_TH[token_N], weights_N1, ids_N1)
+    kernel(out_NH, hidden_TH.index_select(0, token_N), weights_N.unsqueeze(1), ids_N.unsqueeze(1))
     total_TH = torch.zeros(output_TH.shape, dtype=torch.float32)
     output_TH.copy_(total_TH.index_add_(0, token_N, out_NH.float()))
 
 
-@torch.library.custom_op("modes_fx::serve_cpu_experts", mutates_args=("output",))
-def serve_cpu_experts(
+def _serve_cpu_experts(
     output: Tensor,
     hidden: Tensor,
     w1: Tensor,
@@ -60,33 +61,36 @@ def serve_cpu_experts(
     num_experts: int,
 ) -> None:
     """Put the sum of each token's kept experts into ``output`` [T, H]; arguments as of vLLM's ``cpu_fused_moe``."""
-    from vllm._custom_ops import cpu_fused_moe
 
     def kernel(output_NH: Tensor, hidden_NH: Tensor, weights_NK: Tensor, ids_NK: Tensor) -> None:
-        cpu_fused_moe(
-            output_NH, hidden_NH, w1, w2, w1_bias, w2_bias, weights_NK, ids_NK, activation, isa, skip_weighted
+        torch.ops._C.cpu_fused_moe(
+            output_NH, hidden_NH, w1, w2, w1_bias, w2_bias, weights_NK, ids_NK, skip_weighted, activation, isa
         )  # fmt: skip
 
     dispatch_kept(kernel, output, hidden, weights, ids, num_experts)
 
 
-def skipping_apply(experts: Any, num_experts: int) -> Callable[..., None]:
-    """Return what computes kept pairs in the place of ``CPUUnquantizedExperts.apply``."""
+_library = torch.library.Library("modes_fx", "FRAGMENT")  # for less between a call and the kernel than ``custom_op`` has
+_library.define(
+    "serve_cpu_experts(Tensor(a!) output, Tensor hidden, Tensor w1, Tensor w2, Tensor? w1_bias, Tensor? w2_bias, "
+    "Tensor weights, Tensor ids, str activation, str isa, bool skip_weighted, int num_experts) -> ()"
+)
+_library.impl("serve_cpu_experts", _serve_cpu_experts, "CPU")
+torch.library.register_fake("modes_fx::serve_cpu_experts", lambda *_: None, lib=_library)
 
-    def apply(
-        output: Tensor,
-        hidden_states: Tensor,
-        w1: Tensor,
-        w2: Tensor,
-        topk_weights: Tensor,
-        topk_ids: Tensor,
-        activation: Any,
-        apply_router_weight_on_input: bool,
-        **_: Any,
-    ) -> None:
+
+def skipping_apply(experts: Any, thresholds: Thresholds, num_experts: int) -> Callable[..., None]:
+    """Return what computes kept pairs in the place of ``CPUUnquantizedExperts.apply``."""
+    inner = experts.apply
+
+    def apply(**given: Any) -> None:
+        if thresholds.idle and not torch.compiler.is_compiling():
+            inner(**given)
+            return
         torch.ops.modes_fx.serve_cpu_experts(
-            output, hidden_states, w1, w2, experts.w1_bias, experts.w2_bias, topk_weights, topk_ids, activation.value,
-            experts.isa, apply_router_weight_on_input, num_experts,
+            given["output"], given["hidden_states"], given["w1"], given["w2"], experts.w1_bias, experts.w2_bias,
+            given["topk_weights"], given["topk_ids"], given["activation"].value, experts.isa,
+            given["apply_router_weight_on_input"], num_experts,
         )  # fmt: skip
 
     return apply

@@ -33,9 +33,11 @@ class Thresholds:
     Attributes:
         bounds: float32 [L, classes].
         classes: int64 [max_tokens].
-        kept: int64 [max_tokens]: pairs that the layers have kept so far of each token of the batch.
+        kept: int64 [max_tokens], a view: pairs that the layers have kept so far of each token of the batch.
         batch: Tokens of the running batch, padding included; 0 before the first, and in a dummy run.
         scales: float32 [L]: what the plan's thresholds are multiplied by, where a layer scales its sum instead of its weights.
+        idle: Whether no layer can drop a pair of the running batch, so that stock's own calls do; known on a CPU alone, where
+            reading a tensor waits for nothing.
     """
 
     def __init__(self, top_k: list[int], max_tokens: int, device: torch.device) -> None:
@@ -43,14 +45,19 @@ class Thresholds:
         self.bounds = torch.zeros(len(top_k), CLASSES, dtype=torch.float32, device=device)
         self.bounds[:, PADDING].fill_(math.inf)
         self.classes = torch.full((max_tokens,), DUMMY, device=device)
-        self.kept = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self._seen = torch.ones(max_tokens, 2, dtype=torch.int64, device=device)  # of each token: itself, pairs kept
+        self.kept = self._seen[:, 1]
+        self.kept.zero_()
         self.batch = 0
+        self.idle = False
         self.scales = torch.ones(len(top_k))
-        self._counts = torch.zeros(2, CLASSES, dtype=torch.int64, device=device)  # tokens; pairs kept
+        self._inert = torch.zeros(CLASSES, dtype=torch.bool, device=device)  # classes of which all is kept, in all layers
+        self._counts = torch.zeros(CLASSES, 2, dtype=torch.int64, device=device)  # tokens and pairs kept
 
     def set_bounds(self, bounds: Tensor) -> None:
         """Put other thresholds in force, [L, phases, modalities]; the next batch sees them."""
         self.bounds[:, :PADDING].copy_(bounds.flatten(1) * self.scales.unsqueeze(1))
+        self._inert.copy_((self.bounds <= 0).all(dim=0))
 
     def begin(self, classes: Tensor, padded: int) -> None:
         """Begin a batch: count the one before, then note the classes of this one's tokens, [T]; padding follows."""
@@ -59,16 +66,18 @@ class Thresholds:
         self.classes[:tokens].copy_(classes)
         self.classes[tokens:padded].fill_(PADDING)
         self.batch = padded
+        self.idle = self._inert.device.type == "cpu" and bool(self._inert.index_select(0, classes).all())
 
     def begin_dummy(self) -> None:
         """Begin a run for its own sake, such as a warm-up: all kept, nothing counted."""
         self._settle()
         self.classes.fill_(DUMMY)
+        self.idle = False
 
     def pairs(self) -> list[int]:
         """Return pairs routed and kept since the start: ints [modalities, phases, 2], flattened."""
         self._settle()
-        tokens, kept = self._counts[:, :PADDING].tolist()
+        tokens, kept = self._counts[:PADDING].T.tolist()
         return [
             number
             for modality in range(len(MODALITIES))
@@ -79,9 +88,9 @@ class Thresholds:
     def _settle(self) -> None:
         """Count what the last batch kept; on the device, without waiting for it."""
         if self.batch:
-            classes, kept = self.classes[: self.batch], self.kept[: self.batch]
-            self._counts[0].index_add_(0, classes, torch.ones_like(kept))
-            self._counts[1].index_add_(0, classes, kept)
+            if self.idle:
+                self.kept[: self.batch].fill_(sum(self.top_k))
+            self._counts.index_add_(0, self.classes[: self.batch], self._seen[: self.batch])
         self.kept.zero_()
         self.batch = 0
 
@@ -99,6 +108,7 @@ class LayerThresholds:
         self.thresholds = thresholds
         self.index = index
         self.num_experts = num_experts
+        self._bounds = thresholds.bounds[index]
 
     def keep(self, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights and ids in which dropped pairs have weight 0 and expert E; see ``modes_fx.policies.threshold``.
@@ -107,11 +117,13 @@ class LayerThresholds:
             ServingError: The layer was given other tokens than the batch has.
         """
         state, tokens = self.thresholds, weights_TK.shape[0]
+        if state.idle:
+            return weights_TK.clone(), ids_TK.clone()
         if state.batch and tokens != state.batch:
             raise ServingError(
                 f"A layer was given {tokens} tokens of a batch of {state.batch}: modes-fx cannot serve this model."
             )
-        bound_T = state.bounds[self.index][state.classes[:tokens]]
+        bound_T = self._bounds.index_select(0, state.classes[:tokens])
         keep_TK = weights_TK.float() >= bound_T.unsqueeze(1)
         state.kept[:tokens] += keep_TK.sum(dim=1)
         return torch.where(keep_TK, weights_TK, 0), torch.where(keep_TK, ids_TK, self.num_experts)
@@ -126,8 +138,7 @@ def find_layers_by(find: Callable[[str], LayerThresholds]) -> None:
     _find = find
 
 
-@torch.library.custom_op("modes_fx::serve_keep", mutates_args=())
-def serve_keep(weights: Tensor, ids: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+def _serve_keep(weights: Tensor, ids: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     """Drop pairs by the thresholds of a layer.
 
     Args:
@@ -143,6 +154,11 @@ def serve_keep(weights: Tensor, ids: Tensor, layer: str) -> tuple[Tensor, Tensor
     return _find(layer).keep(weights, ids)
 
 
-@serve_keep.register_fake
-def _(weights: Tensor, ids: Tensor, layer: str) -> tuple[Tensor, Tensor]:
+def _serve_keep_fake(weights: Tensor, ids: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weights), torch.empty_like(ids)
+
+
+_library = torch.library.Library("modes_fx", "FRAGMENT")
+_library.define("serve_keep(Tensor weights, Tensor ids, str layer) -> (Tensor, Tensor)")
+_library.impl("serve_keep", _serve_keep, "CompositeExplicitAutograd")
+torch.library.register_fake("modes_fx::serve_keep", _serve_keep_fake, lib=_library)

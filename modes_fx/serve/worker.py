@@ -168,7 +168,7 @@ def _skip_in(layer: Any, own: LayerThresholds) -> None:
         weights, ids = choose(*args, **kwargs)
         if torch.compiler.is_compiling():
             return torch.ops.modes_fx.serve_keep(weights, ids, name)  # type: ignore[no-any-return]
-        return own.keep(weights, ids)
+        return (weights, ids) if own.thresholds.idle else own.keep(weights, ids)
 
     own.thresholds.scales[own.index] = 1 / divisor
     setattr(layer, _ATTRIBUTE, own)
@@ -177,7 +177,7 @@ def _skip_in(layer: Any, own: LayerThresholds) -> None:
         extended = triton_experts.extended_map(routed.expert_map, own.num_experts, own.thresholds.classes.device)
         experts.apply = triton_experts.skipping_apply(experts, own.num_experts, extended)
     else:
-        experts.apply = cpu_experts.skipping_apply(experts, own.num_experts)
+        experts.apply = cpu_experts.skipping_apply(experts, own.thresholds, own.num_experts)
 
 
 def _experts_of(layer: Any) -> Any:

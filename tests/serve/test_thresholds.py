@@ -2,6 +2,7 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modes_fx.errors import ServingError
 from modes_fx.serve import thresholds as module
 from modes_fx.serve.batch import classes_of, phases_of, visual_ids
 from modes_fx.serve.cpu_experts import dispatch_kept
+from modes_fx.serve.cpu_experts import skipping_apply as cpu_skipping_apply
 from modes_fx.serve.thresholds import LayerThresholds, Thresholds
 from modes_fx.serve.triton_experts import extended_map, skipping_apply
 
@@ -87,6 +88,36 @@ def test_a_dummy_run_keeps_all_and_counts_nothing(state: Thresholds) -> None:
     assert torch.equal(found[0], weights)
     assert torch.equal(found[1], ids)
     assert state.pairs() == before
+
+
+def test_a_batch_without_thresholds_is_idle_and_counted(state: Thresholds) -> None:
+    layer = LayerThresholds(state, 1, EXPERTS)
+    state.set_bounds(torch.tensor([0.0, 0.5, 0.5, 0.5]).view(1, 2, 2).expand(2, 2, 2))
+    idle = []
+    for classes in ([0, 0], [0, 1], [1], [0]):
+        state.begin(torch.tensor(classes), len(classes))
+        idle.append(state.idle)
+    assert idle == [True, False, False, True]
+    weights, ids = routed(1)
+    found = layer.keep(weights, ids)
+    assert torch.equal(found[0], weights)
+    assert torch.equal(found[1], ids)
+    assert state.pairs()[:2] == [4 * 2 * TOP_K, 3 * 2 * TOP_K]  # of the batch that was not idle, no layer ran
+    state.set_bounds(torch.zeros(2, 2, 2))
+    state.begin(torch.tensor([0, 1, 2, 3]), 6)
+    assert state.idle
+    state.begin_dummy()
+    assert not state.idle
+
+
+def test_an_idle_batch_is_stocks_own_call(state: Thresholds) -> None:
+    given: list[dict[str, Any]] = []
+    experts = SimpleNamespace(apply=lambda **arguments: given.append(arguments))
+    apply = cpu_skipping_apply(experts, state, EXPERTS)
+    state.set_bounds(torch.zeros(2, 2, 2))
+    state.begin(torch.tensor([0]), 1)
+    apply(output="o", topk_ids="i")
+    assert given == [{"output": "o", "topk_ids": "i"}]
 
 
 def test_another_number_of_tokens_than_the_batch_has(state: Thresholds) -> None:
@@ -191,12 +222,14 @@ def test_triton_experts_get_the_map_whatever_vllm_passes() -> None:
 
 
 def test_nothing_on_the_way_to_the_experts_waits_for_the_device() -> None:
-    """Fake tensors refuse whatever would read one on the host, which is what a CUDA graph could not replay."""
-    with FakeTensorMode():
-        state = Thresholds([TOP_K], MOST, torch.device("cpu"))
-        state.set_bounds(torch.ones(1, 2, 2))
-        state.begin(torch.empty(3, dtype=torch.int64), 8)
-        weights, ids = torch.empty(8, TOP_K), torch.empty(8, TOP_K, dtype=torch.int32)
-        found = LayerThresholds(state, 0, EXPERTS).keep(weights, ids)
-        state.begin_dummy()
+    """Tensors without memory refuse whatever would read one on the host, which is what a CUDA graph could not replay."""
+    nowhere = torch.device("meta")
+    state = Thresholds([TOP_K], MOST, nowhere)
+    state.set_bounds(torch.ones(1, 2, 2))
+    state.begin(torch.empty(3, dtype=torch.int64, device=nowhere), 8)
+    weights = torch.empty(8, TOP_K, device=nowhere)
+    found = LayerThresholds(state, 0, EXPERTS).keep(weights, weights.int())
+    state.begin_dummy()
     assert [(each.shape, each.dtype) for each in found] == [((8, TOP_K), torch.float32), ((8, TOP_K), torch.int32)]
+    with pytest.raises(NotImplementedError):
+        state.pairs()

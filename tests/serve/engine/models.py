@@ -6,7 +6,9 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models
-from torch import nn
+from torch import Tensor, nn
+
+from modes_fx.plan import PlanPoint, SkipPlan
 
 VOCABULARY = 64
 END = 1
@@ -82,6 +84,28 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     ),
     "dense": (transformers.LlamaForCausalLM, transformers.LlamaConfig, {}),
 }
+
+
+PLAN = SkipPlan(
+    points=(PlanPoint(0.0, 0.0, 0.0), PlanPoint(0.5, 0.11, 0.0)),
+    alpha=((0.5, 0.5), (0.6, 0.5)),
+    layers=("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"),
+)
+"""Of ``qwen3_moe``: other thresholds in each layer, for text."""
+
+
+def prompts(count: int, length: int) -> Tensor:
+    """Return random tokens, [count, length]."""
+    return torch.randint(2, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def logprobs(llm: Any, prompts: Tensor) -> Tensor:
+    """Return the log-probabilities of eight tokens that follow each prompt, [count, 8]."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=8, temperature=0, logprobs=0, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": row} for row in prompts.tolist()], sampling, use_tqdm=False)
+    return torch.tensor([[next(iter(step.values())).logprob for step in each.outputs[0].logprobs] for each in outputs])
 
 
 def make(family: str) -> nn.Module:
