@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.box import SIMPLE
@@ -17,14 +17,15 @@ from modes_fx.cli import shared
 from modes_fx.cli.terminal import console
 from modes_fx.errors import CalibrationError, ModelError, in_a_line
 from modes_fx.files.importance_fields import Mode
-from modes_fx.modality import Phase
 from modes_fx.models.locating import DEMO
 
 if TYPE_CHECKING:
     from modes_fx.measure.compare import Comparison, Row
+    from modes_fx.modality import Phase
     from modes_fx.plan import SkipPlan
 
 _SAMPLES = 1024
+_PHASES = Literal["prefill", "decode"]  # modality.Phase, without importing torch
 
 
 def compare(
@@ -87,7 +88,7 @@ def compare(
         shared.Source(test_data, data_format, test_split, test_samples or _SAMPLES, seed, max_bad, "test"),
     )
     shared.check_choice("mode", importance_mode, Mode)
-    shared.check_choice("phase", phase, Phase)
+    shared.check_choice("phase", phase, _PHASES)
     for source in sources:
         shared.check_data(source)
     for name in models:
@@ -127,7 +128,7 @@ def compare(
                     console.print(f"[yellow]No samples to show[/]: {escape(in_a_line(error))}")
 
             found[name] = run(
-                network, tune, test, targets, rules, phase=cast(Phase, phase), importance_mode=cast(Mode, importance_mode),
+                network, tune, test, targets, rules, phase=cast("Phase", phase), importance_mode=cast(Mode, importance_mode),
                 grid_size=grid_size, tolerance=tolerance, seed=seed, timed=speed, journal=journal,
                 look=look if name == models[0] else None,
                 progress=lambda part, done, total, name=names[name]: bars(f"{name}: {part}", done, total),

@@ -138,6 +138,7 @@ def test_a_value_that_no_machine_can_take_is_told_before_anything_heavy_is_impor
         ("bench", "--parts", "layers", "--plot", str(tmp_path / "plot.svg")),
         ("search", demo, "--data", demo, "--held-out", none),
         ("compare", demo, "--data", demo, "--test-data", demo, "--importance-mode", "none"),
+        ("compare", demo, "--data", demo, "--test-data", demo, "--phase", "none"),
     ]
     misspelled: list[tuple[str, ...]] = [
         ("bench", "--rounds", "0"),
