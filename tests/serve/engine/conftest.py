@@ -56,13 +56,7 @@ def make_engine(model: Any, *, settings: dict[str, Any] | None = None, **changes
         "disable_log_stats": False,
         **changes,
     }
-    llm = LLM(model=str(model), additional_config={"modes_fx": settings} if settings else {}, **given)
-    _alive.append(llm)
-    return llm
-
-
-_alive: list[Any] = []
-"""An engine that is collected ends the process groups of all others."""
+    return LLM(model=str(model), additional_config={"modes_fx": settings} if settings else {}, **given)
 
 
 IN_CHUNKS: dict[str, Any] = {
@@ -142,6 +136,16 @@ def _look_at_models_here() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _process_groups_stay() -> Iterator[None]:
+    """An engine that is collected, or refused, would end the process groups of all others in this process."""
+    from vllm.v1.engine import core
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "cleanup_dist_env_and_memory", lambda: None)
         yield
 
 

@@ -39,6 +39,7 @@ def test_before_any_weights_are_loaded(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.usefixtures("stock")  # which sets up process groups for experts, too: there is one set for all engines
 def test_a_model_without_experts(tmp_path: Path) -> None:
     plan = SkipPlan.uniform(text=0.1, vision=0.1).save(tmp_path / "plan.json")
     with pytest.raises(ServingError, match="LlamaForCausalLM has no MoE layers in vLLM: there is nothing to skip"):
