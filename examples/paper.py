@@ -38,7 +38,7 @@ from tabulate import tabulate
 
 from modes_fx.calib.search import GAMMAS
 from modes_fx.errors import ModesFxError
-from modes_fx.files.writing import check_writable
+from modes_fx.files.writing import check_writable, write_atomically
 from modes_fx.lmms import TASKS
 
 PILOT_QUESTIONS = 4
@@ -113,7 +113,7 @@ def check_settings(options: argparse.Namespace) -> None:
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise SystemExit(f"{options.out} was begun with other settings ({file}). Pass these again, or another --out.")
     options.out.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_atomically(file, text)
 
 
 def call(*words: object, environment: Mapping[str, str] | None = None, log: Path | None = None) -> None:
@@ -200,7 +200,7 @@ def measure(options: argparse.Namespace) -> None:
         )
     forward_s = statistics.median(seconds[1:] or seconds)  # the first one warms up
     pilot = Pilot(len(samples), forward_s, len(find_moe_layers(lm.model)), question_s, questions)
-    (options.out / "pilot.json").write_text(json.dumps(asdict(pilot), indent=1), encoding="utf-8")
+    write_atomically(options.out / "pilot.json", json.dumps(asdict(pilot), indent=1))
 
 
 def _needed(options: argparse.Namespace) -> tuple[int, list[int], int]:
@@ -308,7 +308,7 @@ def run(options: argparse.Namespace) -> None:
     found = evaluate(options, place, plan_of(options, place))
     published = MODELS[options.model]
     text = table(published, options.benchmarks, found.pop(None), found)
-    (options.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(options.out / "table.md", text + "\n")
     print(f"\n{options.weights} beside {published.table} of arXiv 2511.15690 (also in {options.out / 'table.md'})\n\n{text}")
 
 
