@@ -83,6 +83,8 @@ def arguments() -> argparse.Namespace:
     options.benchmarks = [known[name] for name in names]
     if options.data is None and options.weights != "demo":
         parser.error("pass --data; only --weights demo brings its own")
+    if options.data is not None and not options.data.exists():
+        parser.error(f"there is no {options.data} (--data)")
     options.out = options.out or Path("out/paper") / options.model
     check_writable(options.out, folder=True)  # known before hours of work
     return options

@@ -196,7 +196,7 @@ def soak(
         again`` (torch's guards fail now and then where other threads run; see ``attach.regions``).
 
     Raises:
-        AssertionError: An answer belongs to no plan, or memory grew.
+        AssertionError: An answer belongs to no plan, changes of the plan compile graphs, or memory grew.
     """
     chance, model = random.Random(seed), optimised(stage)
     asked = requests(model, stage, 24, chance)
@@ -230,7 +230,8 @@ def soak(
         thread.join()
     if errors:
         raise errors[0]
-    counts["graphs made again"] = modes_fx.report(model).graphs - graphs
+    again = counts["graphs made again"] = modes_fx.report(model).graphs - graphs
+    assert again <= 2 + counts["changes"] / 10, f"{again} graphs were made again: more than guards that fail for other threads"
     settled = next((mib for passed, mib in memory if passed >= seconds / 4), memory[-1][1])
     assert resident_mib() - settled <= GROWTH_MIB, f"memory grew from {settled:.0f} MiB: {memory}"
     return counts

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modes_fx.calib import processes
 from modes_fx.calib.routing import RoutingRecorder
 from modes_fx.calib.shapes import in_few_shapes
-from modes_fx.data.batch import IGNORED, Batch
+from modes_fx.data.batch import IGNORED, Batch, beginning_of_answers
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.graph.runtime import Runtime
 from modes_fx.models.sharding import processes_of
@@ -73,7 +73,7 @@ class Answers:
         if self._device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()  # of all graphs of a forward, not of each
         inputs = {key: value for key, value in _to_device(batch, self._device).items() if key != "labels"}
-        first = int((labels != IGNORED).any(dim=0).nonzero()[0])
+        first = beginning_of_answers(labels)
         keep = labels.shape[1] - max(first - 1, 0)
         if self._keeps_logits:
             inputs["logits_to_keep"] = keep

@@ -96,14 +96,13 @@ def compare(
 
     from modes_fx.calib.trials import data_hash, versions
     from modes_fx.measure.compare import compare as run
-    from modes_fx.measure.compare.contenders import contender
+    from modes_fx.measure.compare.contenders import contenders_of
     from modes_fx.measure.compare.output import mean_rows, write
     from modes_fx.measure.compare.rows import short_names
     from modes_fx.measure.page.closeup import Closeup, look_closely
 
     shared.check_device(device, device_map)
-    for rule in rules or ():
-        contender(rule)
+    contenders_of(rules, cast("Phase", phase), timed=speed)
     _check_one_architecture(models, trust_remote_code)
     shared.say_without_figures()
     names = short_names(models)

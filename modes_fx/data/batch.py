@@ -12,9 +12,14 @@ IGNORED = -100
 Batch = Mapping[str, Any]
 
 
+def beginning_of_answers(labels: Tensor) -> int:
+    """Return where the first answer of a batch begins, by its labels, int64 [B, S]."""
+    return int((labels != IGNORED).any(dim=0).nonzero()[0])
+
+
 def prompts_of(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:
     """Return a batch without labels, cut where the first answer begins."""
-    first = int((batch["labels"] != IGNORED).any(dim=0).nonzero()[0])
+    first = beginning_of_answers(batch["labels"])
     whole = batch["labels"].shape
     return {
         key: (value[:, :first] if value.shape[:2] == whole else value).to(device)

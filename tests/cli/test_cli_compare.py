@@ -12,6 +12,7 @@ from modes_fx.demo import CHECKPOINT, make_samples
 from modes_fx.errors import CalibrationError, ModelError
 from modes_fx.measure.compare import CONTENDERS, Comparison, Row
 from modes_fx.measure.compare.rows import short_names
+from modes_fx.modality import Phase
 from tests.cli.command import run
 from tests.measure.page.reading import read
 
@@ -82,6 +83,22 @@ def test_data_is_asked_for_and_one_architecture(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="nowhere"):
         run("compare", "demo", tmp_path / "nowhere", "--out", tmp_path, *SMALL)
     assert not (tmp_path / "compare.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--phase", "decode", "--speed"), "compare decode steps without them"),
+        (("--phase", "decode", "--rules", "mc_moe"), "mc_moe: nothing to compare in decode"),
+        (("--rules", "oea"), "oea: nothing to compare in prefill"),
+    ],
+)
+def test_what_a_phase_cannot_be_asked_is_said_before_a_model_is_loaded(
+    options: tuple[str, ...], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare.shared, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(CalibrationError, match=said):
+        run("compare", "demo", "--out", tmp_path, *options)
 
 
 def test_a_page_that_cannot_be_made_costs_nothing_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +176,7 @@ def question_folder(folder: Path, part: str) -> Path:
         rows.append(json.dumps({"image": f"{index}.png", "question": sample.question, "answer": sample.answer}))
     (folder / "data.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def test_the_phases_that_the_command_knows_without_torch_are_all() -> None:
+    assert Phase == compare._PHASES

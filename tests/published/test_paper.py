@@ -13,6 +13,7 @@ from published.figures import BENCHMARKS, MODELS
 @pytest.fixture
 def parse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "GQA").mkdir()
 
     def parsed(*words: str) -> Any:
         monkeypatch.setattr(sys, "argv", ["paper.py", *words])
@@ -39,6 +40,7 @@ def test_tiny_is_the_embedded_model_unless_more_is_said(parse: Any) -> None:
     ("words", "message"),
     [
         (["qwen3-vl-30b-a3b"], "pass --data"),
+        (["qwen3-vl-30b-a3b", "--data", "none"], "there is no none (--data)"),
         (["kimi-vl-a3b", "--data", "GQA", "--benchmarks", "GQA"], "unknown benchmarks GQA; known: TextVQA"),
     ],
 )

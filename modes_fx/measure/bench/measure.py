@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,8 @@ from modes_fx.measure.bench.machine import Limit
 from modes_fx.measure.bench.settings import DEFAULT, Contender
 from modes_fx.measure.compare.speed import RECOMPILE_LIMIT
 from modes_fx.measure.timing import in_turn, now
-from modes_fx.modality import token_modality
+from modes_fx.modality import Phase, token_modality
 from modes_fx.optimize import stats
-
-Phase = Literal["prefill", "decode"]
 
 _WARM_UP = 2
 _MOST_COUNTED = 16  # tokens x rounds say enough about a skip ratio by then

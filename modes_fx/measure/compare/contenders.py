@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from modes_fx.calib.search import GAMMAS
-from modes_fx.errors import ModesFxError, PlanError
+from modes_fx.errors import CalibrationError, ModesFxError, PlanError
 from modes_fx.measure.compare.statistics import RoutingStatistics
 from modes_fx.modality import Phase
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES
+from modes_fx.policies.batch_threshold import slack_tables
 from modes_fx.policies.chance import seed_tables
+from modes_fx.policies.oea import open_tables
 from modes_fx.policies.sere import primary_tables
 
 Alpha = tuple[tuple[float, float], ...]
@@ -87,7 +90,7 @@ class Contender:
         if self.rule == "random":
             return seed_tables(known.layers, known.seed)
         if self.rule in _EACH_EXPERT:
-            return tuple((_EACH_EXPERT[self.rule],) * experts for experts in known.experts)
+            return tuple(table for experts in known.experts for table in _EACH_EXPERT[self.rule](1, experts))
         if "similarity" in self.needs and known.statistics is not None:
             alike = known.statistics.similarity
             return primary_tables(alike, self.primary) if self.rule == "sere" else alike
@@ -100,8 +103,11 @@ class Contender:
 
 
 _OF_LARGEST = ("reduce_k", "oea")
-_EACH_EXPERT = {"oea": 1.0, "batch_threshold": 1.0}
-"""What the table of a rule says of every expert. At equal experts read, slack is free: it has no expert more read."""
+_EACH_EXPERT: dict[str, Callable[[int, int], tuple[tuple[float, ...], ...]]] = {
+    "oea": open_tables,
+    "batch_threshold": partial(slack_tables, slack=1.0),
+}
+"""Tables of one number an expert. At equal experts read, slack is free: it has no expert more read."""
 
 _BETAS, _ALPHA = frozenset({"betas"}), frozenset({"importance"})
 
@@ -134,6 +140,22 @@ ABLATION = ("threshold", "gmlg", "dmt", "modes", "tempered")
 def taking_part(phase: Phase) -> tuple[str, ...]:
     """Return the names of all contenders of a phase. Decoded tokens are text: of two thresholds one would do nothing."""
     return tuple(name for name, one in CONTENDERS.items() if one.phase in (None, phase))
+
+
+def contenders_of(rules: Sequence[str] | None, phase: Phase, *, timed: bool) -> dict[str, Contender]:
+    """Return the contenders of these names, of all that take part if there are none, in a comparison of a phase.
+
+    Raises:
+        CalibrationError: One has nothing to compare in this phase, or decode steps are to be timed.
+        ModesFxError: There is no such rule.
+    """
+    if phase == "decode" and timed:
+        raise CalibrationError("Times are those of prefill and decoding under one plan: compare decode steps without them.")
+    found = {name: contender(name) for name in dict.fromkeys(taking_part(phase) if rules is None else rules)}
+    if elsewhere := [name for name, one in found.items() if one.phase not in (None, phase)]:
+        names = ", ".join(taking_part(phase))
+        raise CalibrationError(f"{', '.join(elsewhere)}: nothing to compare in {phase}. Rules that can be: {names}.")
+    return found
 
 
 def own_rule(names: Sequence[str]) -> str:

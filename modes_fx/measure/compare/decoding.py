@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modes_fx.calib.objective import Answers, Evaluation, at_answers
-from modes_fx.data.batch import IGNORED, Batch, prompts_of
+from modes_fx.data.batch import Batch, beginning_of_answers, prompts_of
 from modes_fx.errors import CalibrationError
 from modes_fx.measure.compare.samples import SampleObjective, SampleScores
 from modes_fx.modality import vision_token_ids
@@ -37,7 +37,7 @@ class DecodedAnswers(Answers):
         """
         found = list(batches)
         for index, batch in enumerate(found):
-            mask, first = batch.get("attention_mask"), _first(batch)
+            mask, first = batch.get("attention_mask"), beginning_of_answers(batch["labels"])
             if isinstance(mask, Tensor) and not bool(mask[:, -1].all()):
                 raise CalibrationError(f"Batch {index} is padded on the right; decoding needs padding on the left.")
             decoded = batch["input_ids"][:, first:]
@@ -49,7 +49,7 @@ class DecodedAnswers(Answers):
 
     def __call__(self, batch: Batch, *, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer."""
-        first, generator = _first(batch), self._model
+        first, generator = beginning_of_answers(batch["labels"]), self._model
         given: Any = prompts_of(batch, self._device)
         answers = batch["input_ids"][:, first:].to(self._device)
         steps = answers.shape[1]
@@ -113,10 +113,6 @@ class _Forced(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         said = self._tokens[:, input_ids.shape[1] - self._behind]
         return torch.full_like(scores, -torch.inf).scatter(1, said.unsqueeze(1), 0.0)
-
-
-def _first(batch: Batch) -> int:
-    return int((batch["labels"] != IGNORED).any(dim=0).nonzero()[0])
 
 
 def _in_decode(read: list[tuple[int, Any, int]]) -> int:

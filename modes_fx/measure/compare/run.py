@@ -23,7 +23,7 @@ from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError, UnreachableError
 from modes_fx.files import strict_json
 from modes_fx.files.importance_fields import Mode
-from modes_fx.measure.compare.contenders import Alpha, Calibrated, Contender, contender, own_rule, taking_part
+from modes_fx.measure.compare.contenders import Alpha, Calibrated, Contender, contenders_of, own_rule
 from modes_fx.measure.compare.decoding import DecodeObjective
 from modes_fx.measure.compare.measurements import Measurements, SpeedEntry, StockEntry, identity, records_of
 from modes_fx.measure.compare.rows import Row, measured
@@ -124,18 +124,13 @@ def compare(
     """
     if phase not in get_args(Phase):
         raise CalibrationError(f"Unknown phase {phase!r}; known: {', '.join(get_args(Phase))}.")
-    if phase == "decode" and timed:
-        raise CalibrationError("Times are those of prefill and decoding under one plan: compare decode steps without them.")
-    rules = taking_part(phase) if rules is None else rules
-    chosen = {name: contender(name) for name in dict.fromkeys(rules)}
-    if elsewhere := [name for name, one in chosen.items() if one.phase not in (None, phase)]:
-        raise CalibrationError(f"{', '.join(elsewhere)}: nothing to compare in {phase}. Rules that can be: {_names(phase)}.")
+    chosen = contenders_of(rules, phase, timed=timed)
     if processes.world() > 1:
         raise CalibrationError("A comparison runs as one process. Start it without torchrun or accelerate launch.")
     if is_optimized(model):
         raise CalibrationError("The model is optimised already. Call modes_fx.restore(model) first.")
     if not chosen or not targets or not all(0 <= target <= 1 for target in targets):
-        raise CalibrationError(f"A comparison needs a rule, and targets in [0, 1]; got {list(rules)} and {list(targets)}.")
+        raise CalibrationError(f"A comparison needs a rule, and targets in [0, 1]; got {list(chosen)} and {list(targets)}.")
     if importance_mode not in get_args(Mode):
         raise CalibrationError(f"Unknown mode {importance_mode!r} of the importance; known: {', '.join(get_args(Mode))}.")
     if grid_size < 2 or not tolerance >= 0:
@@ -163,10 +158,6 @@ def compare(
     return Comparison(
         {"score": score}, len(correct), everything, match.stock, match.own, match.layers, known.importance, match.trials, phase
     )
-
-
-def _names(phase: Phase) -> str:
-    return ", ".join(taking_part(phase))
 
 
 def _usable(name: str, batches: Iterable[Batch]) -> list[Batch]:
