@@ -22,6 +22,7 @@ from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_co
 from torch._dynamo.decorators import skip
 from torch._dynamo.eval_frame import remove_from_cache
 from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit, Unsupported, UserError
+from torch._logging._internal import warning_once
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from modes_fx.errors import ModelError, ModesFxError
@@ -187,7 +188,7 @@ def compiled_block(
 
     def call(module: nn.Module, given: Any, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            _passed_over(sys._getframe().f_code)
+            _passed_over(module, sys._getframe().f_code)
             return function(module, *args, **kwargs), None
         return of_one_layer(function, given, (module, *args), kwargs)
 
@@ -199,20 +200,23 @@ def compiled_module(backend: Callable[..., Any], *, dynamic: bool | None = None)
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            _passed_over(sys._getframe().f_code)
+            _passed_over(module, sys._getframe().f_code)
         return _own_call(module, *args, **kwargs)
 
     return _compiled(call, backend, dynamic, advice=_SMALLER_REGION)
 
 
-def _passed_over(code: types.CodeType) -> None:
-    """See that dynamo looks at a function again, which it has passed over.
+def _passed_over(module: nn.Module, code: types.CodeType) -> None:
+    """Say once that a call ran uncompiled, and see that dynamo looks at the function again.
 
     NOTE [a call that dynamo passes over] It runs the call as it is written, which gives the same answer, and leaves the code
-    alone for good. Settings ask for that; in a process of several threads it was seen without, once in 20,000 requests (torch
-    2.13). ``torch.compile(fullgraph=True)`` raises afterwards ("found no compiled frames"), when caches have taken the call in.
+    alone for good. Settings ask for that; in a process of several threads it was seen once without, in a soak (torch 2.13).
+    ``torch.compile(fullgraph=True)`` raises afterwards ("found no compiled frames"), when caches have taken the call in.
     """
-    logger.debug("%s ran uncompiled: dynamo passed it over", code.co_name)
+    warning_once(
+        logger, "%s ran uncompiled, since dynamo passed a call over: same answer, but skipped experts were computed",
+        type(module).__name__,
+    )  # fmt: skip
     set_code_exec_strategy(code, _FrameExecStrategy(_FrameAction.DEFAULT, _FrameAction.DEFAULT))
 
 

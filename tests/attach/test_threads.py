@@ -100,7 +100,9 @@ def test_two_optimised_models_and_a_stock_one_do_not_mix_in_threads() -> None:
 
 
 @pytest.mark.parametrize("region", ["moe", "layer"])
-def test_a_call_that_dynamo_passes_over_is_answered_and_counted_alike_and_the_next_is_compiled(region: Any) -> None:
+def test_a_call_that_dynamo_passes_over_is_answered_and_counted_alike_and_the_next_is_compiled(
+    region: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     """Dynamo leaves such a function alone for good, unless it is told otherwise."""
     model, inputs = modes_fx.optimize(tiny.one_layer(), PLAN, region=region), tiny.text_batch()
 
@@ -111,6 +113,7 @@ def test_a_call_that_dynamo_passes_over_is_answered_and_counted_alike_and_the_ne
     with torch._dynamo.config.patch(disable=True):
         passed_over = ask()
     assert modes_fx.report(model).graphs == 0
+    assert f"{'SparseMoeBlock' if region == 'moe' else 'DecoderLayer'} ran uncompiled" in caplog.text
     compiled = ask()
     assert modes_fx.report(model).graphs == 1
     torch.testing.assert_close(passed_over[0], compiled[0])
