@@ -1,8 +1,10 @@
-"""Train the embedded demo model from scratch: about 20 minutes on one CPU thread.
+"""Train the embedded demo model, or one with another router or for a harder job: 20 to 30 minutes on one CPU thread.
 
     python examples/train_demo_model.py --out /tmp/demo-model
+    python examples/train_demo_model.py --architecture deepseek_v3 --job pairs --out out/deepseek_v3
 
-This very command made `modes_fx/demo/checkpoint`. OUT holds the latest checkpoint throughout, and `training_log.json`.
+The first made `modes_fx/demo/checkpoint`. OUT holds the latest checkpoint throughout, and `training_log.json`;
+`make_demo_data.py` writes a job's questions to calibrate and measure on.
 """
 
 import argparse
@@ -15,31 +17,30 @@ import time
 from pathlib import Path
 
 import torch
-from demo_model.architecture import build_model, build_processor
+from demo_model.architectures import ARCHITECTURES, Architecture
 from demo_model.evaluate import accuracy_by_kind
-from demo_model.experts import use_blocked_experts
-from demo_model.hub_form import to_hub_form
+from demo_model.jobs import JOBS, Asked, Job
 from demo_model.train import train_vision, train_whole
 from torch import nn
-from transformers import ProcessorMixin, Qwen3VLMoeForConditionalGeneration
+from transformers import ProcessorMixin
 
-from modes_fx.demo.data import make_samples
-from modes_fx.demo.questions import KINDS
 from modes_fx.files.writing import check_writable
+from modes_fx.models.loading import load
 
 logger = logging.getLogger("train_demo_model")
 
 LOG = "training_log.json"
+STEPS = {"grid": 1000, "pairs": 1500}
 
 
-def save(model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> None:
+def save(architecture: Architecture, model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> None:
     """Write bfloat16 weights, configs, tokenizer, processor and log, then put them at `out` in one move."""
     check_is_ours(out)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f"{out.name}.") as folder:
         staging = Path(folder) / "checkpoint"
         copy.deepcopy(model).to(torch.bfloat16).save_pretrained(staging)  # which also notes the dtype in the config
         processor.save_pretrained(staging)
-        to_hub_form(staging)
+        architecture.to_hub_form(staging)
         (staging / LOG).write_text(json.dumps(log, indent=1) + "\n")
         for file in staging.iterdir():
             file.chmod(0o644)  # safetensors' own files are readable by their owner only
@@ -63,9 +64,11 @@ def main() -> None:
     """Train, save, and evaluate the saved checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="qwen3_vl_moe")
+    parser.add_argument("--job", choices=list(JOBS), default="grid", help="pairs trains the grid's too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision-steps", type=int, default=600, help="steps of the vision tower alone")
-    parser.add_argument("--steps", type=int, default=1000, help="steps of the whole model")
+    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 1500 for pairs, if left out")
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
     args = parser.parse_args()
     check_is_ours(args.out)  # now, not when the work is done
@@ -75,34 +78,48 @@ def main() -> None:
     torch.set_num_threads(1)  # also what makes a run repeat itself exactly
     torch.manual_seed(args.seed)
     started = time.monotonic()
-    processor = build_processor()
-    model = build_model(processor).train()
-    use_blocked_experts(model)
+    architecture, job = ARCHITECTURES[args.architecture], JOBS[args.job]
+    steps = args.steps or STEPS[job.name]
+    processor = architecture.build_processor(job)
+    model = architecture.build_model(processor, job).train()
+    language = model.model.language_model
+    language.set_experts_implementation(architecture.experts_implementation)
+    language.set_attn_implementation(architecture.attention_implementation)
     log = {
+        "architecture": architecture.name,
+        "job": job.name,
         "seed": args.seed,
         "vision_steps": args.vision_steps,
-        "steps": args.steps,
+        "steps": steps,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation": {},
     }
-    validation = make_samples("validation", 40, args.seed, len(KINDS))
+    trained_for = [JOBS["grid"]] if job.name == "grid" else [JOBS["grid"], job]
+    validation = {each.name: _questions(each, "validation", 40, args.seed) for each in trained_for}
+
+    def accuracy(network: nn.Module, questions: dict[str, list[Asked]]) -> dict:
+        found = {name: accuracy_by_kind(network, processor, asked) for name, asked in questions.items()}
+        return found["grid"] if len(found) == 1 else found
 
     def report(step: int, losses: list[float]) -> None:
-        accuracy = accuracy_by_kind(model, processor, validation)
-        log["validation"][step] = {kind: score["accuracy"] for kind, score in accuracy.items()}
+        log["validation"][step] = accuracy(model, validation)
         log["losses"], log["seconds"] = thin(losses), round(time.monotonic() - started)
         logger.info("step %d, validation: %s", step, log["validation"][step])
-        save(model, processor, log, args.out)
+        save(architecture, model, processor, log, args.out)
 
-    log["vision_losses"] = thin(train_vision(model, processor, args.vision_steps, args.seed), 20)
-    report(args.steps, train_whole(model, processor, args.steps, args.seed, args.every, report))
+    log["vision_losses"] = thin(train_vision(architecture, model, processor, args.vision_steps, args.seed), 20)
+    report(steps, train_whole(architecture, job, model, processor, steps, args.seed, args.every, report))
 
-    stored = Qwen3VLMoeForConditionalGeneration.from_pretrained(args.out, dtype=torch.bfloat16).eval()
-    log["test_bfloat16"] = accuracy_by_kind(stored, processor, make_samples("test", 200, 0, len(KINDS)))
-    log["validation_bfloat16"] = accuracy_by_kind(stored, processor, validation)
+    stored, _ = load(str(args.out), dtype="bfloat16", processor=processor)
+    log["test_bfloat16"] = accuracy(stored, {each.name: _questions(each, "test", 200, 0) for each in trained_for})
+    log["validation_bfloat16"] = accuracy(stored, validation)
     log["seconds"] = round(time.monotonic() - started)
-    save(model, processor, log, args.out)
+    save(architecture, model, processor, log, args.out)
     logger.info("test, bfloat16: %s; %d s", log["test_bfloat16"], log["seconds"])
+
+
+def _questions(job: Job, split: str, n_groups: int, seed: int) -> list[Asked]:
+    return [asked for group in job.groups(split, n_groups, seed, len(job.kinds)) for asked in group]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-NAME = "cache_blocked"
+BLOCKED = "cache_blocked"
 
 
 class _BlockedExperts(torch.autograd.Function):
@@ -70,7 +70,4 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
     return _BlockedExperts.apply(hidden_TH, ids_TK, weights_TK, module.gate_up_proj, module.down_proj)
 
 
-def use_blocked_experts(model: nn.Module) -> None:
-    """Make a transformers model run its experts this way; float32 on the CPU only."""
-    ALL_EXPERTS_FUNCTIONS.register(NAME, _experts_forward)
-    model.set_experts_implementation(NAME)
+ALL_EXPERTS_FUNCTIONS.register(BLOCKED, _experts_forward)  # for experts gated by SiLU; float32 on the CPU only

@@ -1,4 +1,4 @@
-"""The form in which Qwen3-VL-MoE checkpoints lie on the hub, which transformers and vLLM both read."""
+"""The forms in which checkpoints lie on the hub, which transformers and vLLM both read."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ VIDEO = {
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
-def to_hub_form(folder: Path) -> None:
+def qwen_to_hub_form(folder: Path) -> None:
     """Bring what `save_pretrained` wrote into that form.
 
     Experts are stored as inputs by outputs, gate_up_proj [E, H, 2I] and down_proj [E, I, H]; the config says that routing
@@ -33,6 +33,16 @@ def to_hub_form(folder: Path) -> None:
     video = {**images, **VIDEO, "size": {**images["size"], "longest_edge": 4 * images["size"]["longest_edge"]}}
     processor |= {"processor_class": "Qwen3VLProcessor", "video_processor": video}
     _write(folder / "processor_config.json", processor)
+
+
+def internvl_to_hub_form(folder: Path) -> None:
+    """Name the family's own processor, which reads videos too, in the place of the one that reads images alone."""
+    tokenizer = _read(folder / "tokenizer_config.json")
+    _write(folder / "tokenizer_config.json", {**tokenizer, "processor_class": "InternVLProcessor"})
+    processor = _read(folder / "processor_config.json")
+    images = {key: value for key, value in processor["image_processor"].items() if key != "image_processor_type"}
+    video = {**images, "video_processor_type": "InternVLVideoProcessor"}
+    _write(folder / "processor_config.json", {**processor, "processor_class": "InternVLProcessor", "video_processor": video})
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 `torch.optim.Muon` takes matrices only, while the experts of a layer are one [E, rows, columns] parameter.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -53,18 +55,19 @@ class BatchedMuon(torch.optim.Optimizer):
 
 
 def build_optimizers(
-    module: nn.Module, muon_lr: float, adamw_lr: float, tower_scale: float = 1.0
+    module: nn.Module, muon_lr: float, adamw_lr: float, tower: Collection[str] = (), tower_scale: float = 1.0
 ) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks; AdamW for embeddings, heads, routers, norms, biases and convolutions.
 
-    The vision tower's learning rates are `tower_scale` times the others'.
+    The learning rates of the modules named in `tower` are `tower_scale` times the others'.
     """
     kinds = {"muon": muon_lr, "adamw": adamw_lr}
     groups = {kind: [{"params": [], "lr": lr}, {"params": [], "lr": lr * tower_scale}] for kind, lr in kinds.items()}
     for name, parameter in module.named_parameters():
-        is_table = any(part in name for part in ("embed", "lm_head", "mlp.gate."))
+        is_table = any(part in name for part in ("embed", "lm_head", "mlp.gate.", "mlp.router.")) or name.endswith("bias")
         kind = "adamw" if is_table or parameter.ndim not in (2, 3) else "muon"
-        groups[kind]["visual" in name]["params"].append(parameter)
+        in_tower = any(part in name for part in tower)
+        groups[kind][in_tower]["params"].append(parameter)
     return [
         BatchedMuon(groups["muon"], lr=muon_lr),
         torch.optim.AdamW(groups["adamw"], lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.01),

@@ -3,33 +3,39 @@
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from demo_model.architectures import Architecture
+from demo_model.balance import Balance
+from demo_model.jobs import JOBS, Job
 from demo_model.optim import build_optimizers
 from demo_model.packing import PackedBatch, Packer, visual_token_targets
 from torch import Tensor, nn
-from transformers import ProcessorMixin, Qwen3VLMoeForConditionalGeneration
+from transformers import ProcessorMixin
 
 from modes_fx.demo.canvas import CELLS, COLOURS, draw
-from modes_fx.demo.data import IGNORED, make_samples
+from modes_fx.demo.data import IGNORED
 from modes_fx.demo.questions import EMPTY
 
 logger = logging.getLogger(__name__)
 
 MUON_LR, ADAMW_LR = 0.012, 3e-3
-IMAGES_PER_STEP, QUESTIONS_PER_IMAGE = 12, 8
+# Of each job, so that a step of either has about 2,700 tokens.
+GROUPS_PER_STEP, QUESTIONS_PER_GROUP = {"grid": 12, "pairs": 6}, 8
 VISION_IMAGES_PER_STEP = 24
-BALANCE_WEIGHT = 0.02
 # Both optimizers take steps of full size however weak the gradient: while the language model cannot look anything up
 # yet, they would walk the tower off what it has learned, and digits were never found again.
 FROZEN_TOWER_STEPS, TOWER_SCALE = 250, 0.3
+# The harder job starts from the plainer one, and keeps a third of it: looking up a cell of one picture is learned first.
+GRID_SHARE, GRID_EVERY = 0.35, 3
 WARM_UP_STEPS, FLAT_SHARE = 20, 0.3
 CLIP_NORM = 1.0
 
 
-def train_vision(model: Qwen3VLMoeForConditionalGeneration, processor: ProcessorMixin, steps: int, seed: int) -> list[float]:
+def train_vision(architecture: Architecture, model: Any, processor: ProcessorMixin, steps: int, seed: int) -> list[float]:
     """Teach the vision tower to name digit, colour and cell under each visual token, in the language model's own words.
 
     The words for digits and colours are rows of the output head, those for cells rows of the input embedding: so an
@@ -42,14 +48,15 @@ def train_vision(model: Qwen3VLMoeForConditionalGeneration, processor: Processor
     """
     words = {"digit": [*map(str, range(10)), EMPTY], "colour": [*COLOURS, EMPTY], "cell": list(CELLS)}
     ids = {name: torch.tensor(processor.tokenizer.convert_tokens_to_ids(row)) for name, row in words.items()}
-    tower = nn.ModuleDict({"visual": model.model.visual, "embed": model.get_input_embeddings(), "lm_head": model.lm_head})
+    parts = {**architecture.tower(model), "embed": model.get_input_embeddings(), "lm_head": model.lm_head}
+    tower = nn.ModuleDict(parts)
     optimizers = build_optimizers(tower, MUON_LR, ADAMW_LR)
     losses = []
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
         canvases = [draw("train", rng) for _ in range(VISION_IMAGES_PER_STEP)]
         images = processor.image_processor([canvas.image for canvas in canvases], return_tensors="pt")
-        features_TH = model.model.visual(images["pixel_values"], images["image_grid_thw"]).pooler_output
+        features_TH = architecture.visual_tokens(model, images)
         features_TH = F.rms_norm(features_TH, features_TH.shape[1:])
         loss = features_TH.new_zeros(())
         for name, target_T in visual_token_targets(canvases).items():
@@ -62,7 +69,9 @@ def train_vision(model: Qwen3VLMoeForConditionalGeneration, processor: Processor
 
 
 def train_whole(
-    model: Qwen3VLMoeForConditionalGeneration,
+    architecture: Architecture,
+    job: Job,
+    model: Any,
     processor: ProcessorMixin,
     steps: int,
     seed: int,
@@ -76,62 +85,45 @@ def train_whole(
     Returns:
         The loss of every step, without the balance term.
     """
-    packer = Packer(processor)
-    optimizers = build_optimizers(model, MUON_LR, ADAMW_LR, TOWER_SCALE)
-    router_logits: list[Tensor] = []
-    hooks = [
-        layer.mlp.gate.register_forward_hook(lambda _module, _inputs, outputs: router_logits.append(outputs[0]))
-        for layer in model.model.language_model.layers
-    ]
-    losses, balances, started = [], [], time.monotonic()
+    packer = Packer(model, processor)
+    tower = architecture.tower(model)
+    optimizers = build_optimizers(model, MUON_LR, ADAMW_LR, tower, TOWER_SCALE)
+    balance = Balance(model)
+    losses, loads, started = [], [], time.monotonic()
     for step in range(steps):
-        model.model.visual.requires_grad_(step >= FROZEN_TOWER_STEPS)
-        samples = make_samples("train", IMAGES_PER_STEP, seed * 1_000_000 + step, QUESTIONS_PER_IMAGE)
-        groups = [samples[i : i + QUESTIONS_PER_IMAGE] for i in range(0, len(samples), QUESTIONS_PER_IMAGE)]
+        for module in tower.values():
+            module.requires_grad_(step >= FROZEN_TOWER_STEPS)
+        now = _job_of(job, step, steps)
+        groups = now.groups("train", GROUPS_PER_STEP[now.name], seed * 1_000_000 + step, QUESTIONS_PER_GROUP)
         batch = packer.pack(groups)
-        router_logits.clear()
         answer_loss = _answer_loss(model, batch)
-        top_k = model.config.text_config.num_experts_per_tok
-        balance = balance_loss(router_logits, batch.is_real.flatten(), top_k)
-        _update(answer_loss + BALANCE_WEIGHT * balance, model, optimizers, step, steps)
+        uneven, load = balance.take(batch.is_real.flatten())
+        _update(answer_loss + uneven, model, optimizers, step, steps)
         losses.append(answer_loss.item())
-        balances.append(balance.item() / len(router_logits))
+        loads.append(load)
         if step % 50 == 49:
             seconds = (time.monotonic() - started) / (step + 1)
             logger.info(
                 "step %d: loss %.3f, balance %.3f, %.2f s a step",
-                *(step + 1, np.mean(losses[-50:]), np.mean(balances[-50:]), seconds),
+                *(step + 1, np.mean(losses[-50:]), np.mean(loads[-50:]), seconds),
             )
         if (step + 1) % every == 0 and step + 1 < steps:
             model.eval()
             report(step + 1, losses)
             model.train()
-    for hook in hooks:
-        hook.remove()
+    balance.remove()
     return losses
 
 
-def _answer_loss(model: Qwen3VLMoeForConditionalGeneration, batch: PackedBatch) -> Tensor:
+def _job_of(job: Job, step: int, steps: int) -> Job:
+    return JOBS["grid"] if step < GRID_SHARE * steps or step % GRID_EVERY == 0 else job
+
+
+def _answer_loss(model: Any, batch: PackedBatch) -> Tensor:
     """Mean cross-entropy over the answers' tokens; the head runs on those positions only."""
     hidden_BSH = model.model(**batch.inputs, use_cache=False).last_hidden_state
     is_answer_BS = batch.labels != IGNORED
     return F.cross_entropy(model.lm_head(hidden_BSH[is_answer_BS]), batch.labels[is_answer_BS])
-
-
-def balance_loss(router_logits: list[Tensor], is_real_T: Tensor, top_k: int) -> Tensor:
-    """Load balance, E sum_e P_e f_e (Fedus et al., Switch Transformer, equations 4-6), summed over layers.
-
-    The library's helper balances the sum of all layers, which lets one layer's neglected expert hide behind another's
-    favourite. A layer of uniform load contributes 1.
-    """
-    total = router_logits[0].new_zeros(())
-    for logits_TE in router_logits:
-        probabilities_TE = logits_TE[is_real_T].softmax(-1)
-        n_experts = probabilities_TE.shape[1]
-        chosen = probabilities_TE.topk(top_k, dim=-1).indices.flatten()
-        share_E = torch.bincount(chosen, minlength=n_experts) / chosen.numel()
-        total = total + n_experts * (probabilities_TE.mean(0) * share_E).sum()
-    return total
 
 
 def _update(loss: Tensor, module: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> float:

@@ -49,14 +49,15 @@ def make_samples(split: str, n_images: int, seed: int = 0, questions_per_image: 
     Raises:
         ValueError: if there is no such split.
     """
+    return [sample for index in range(n_images) for sample in draw_samples(split, index, seed, questions_per_image)]
+
+
+def draw_samples(split: str, index: int, seed: int, questions: int) -> list[Sample]:
+    """Draw the canvas of one index and ask about it; see `make_samples`."""
     if split not in SPLITS:
         raise ValueError(f"No split {split!r} in the demo's data; pass one of {', '.join(SPLITS)}.")
-    samples = []
-    for index in range(n_images):
-        rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        canvas = draw(split, rng)
-        samples.extend(_ask_several(canvas, questions_per_image, rng))
-    return samples
+    rng = np.random.default_rng([seed, SPLITS.index(split), index])
+    return _ask_several(draw(split, rng), questions, rng)
 
 
 def as_data(samples: Sequence[Sample]) -> list[data.Sample]:

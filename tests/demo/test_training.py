@@ -22,13 +22,14 @@ def test_a_folder_of_somebody_elses_is_left_alone(script: ModuleType, tmp_path: 
         file.parent.mkdir()
         file.write_text("years of work")
     model, processor = load()
+    qwen = script.ARCHITECTURES["qwen3_vl_moe"]
     with pytest.raises(SystemExit, match=r"thesis exists and is no checkpoint.*--out"):
-        script.save(model, processor, {}, mine.parent)
+        script.save(qwen, model, processor, {}, mine.parent)
     monkeypatch.setattr("sys.argv", ["train_demo_model.py", "--out", str(mine.parent)])
     with pytest.raises(SystemExit, match="thesis exists"):
         script.main()
-    script.save(model, processor, {"steps": 1}, tmp_path / "model")
-    script.save(model, processor, {"steps": 2}, tmp_path / "model")
+    script.save(qwen, model, processor, {"steps": 1}, tmp_path / "model")
+    script.save(qwen, model, processor, {"steps": 2}, tmp_path / "model")
     assert mine.read_text() == beside.read_text() == "years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.new", "thesis"]
     assert '"steps": 2' in (tmp_path / "model" / "training_log.json").read_text()
