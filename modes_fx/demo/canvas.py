@@ -14,6 +14,7 @@ COLOURS = {"red": (235, 60, 60), "green": (60, 205, 85), "blue": (85, 120, 255),
 ROWS, COLUMNS = "ABC", "123"
 CELLS = tuple(row + column for row in ROWS for column in COLUMNS)
 SIDE = 64
+DARK = (0, 48)  # least and most of a ground's noise, of 255
 
 # A cell's window is one pixel wider than the grid's pitch, so that three of them end exactly at the border.
 _PITCH, _WINDOW, _SOURCE = 21, 22, 16
@@ -54,19 +55,20 @@ def source_digits(split: str) -> tuple[np.ndarray, np.ndarray]:
         return arrays[f"{split}_images"], arrays[f"{split}_labels"]
 
 
-def draw(split: str, rng: np.random.Generator) -> Canvas:
+def draw(split: str, rng: np.random.Generator, ground: tuple[int, int] = DARK) -> Canvas:
     """Draw one canvas: each cell is filled with a probability that itself varies between canvases.
 
     Args:
         split: whose source images to draw.
         rng: decides everything; equal states give equal canvases.
+        ground: least and most of the noise behind the digits, of 255.
     """
     images, labels = source_digits(split)
     fill = rng.uniform(0.35, 0.9)
     order = rng.permutation(len(CELLS))
     filled = rng.random(len(CELLS)) < fill
     filled[order[:_FEWEST_DIGITS]] = True  # so that every question has something to ask about
-    pixels = rng.integers(0, 48, (SIDE, SIDE, 3)).astype(np.float32)
+    pixels = rng.integers(*ground, (SIDE, SIDE, 3)).astype(np.float32)
     names = list(COLOURS)
     digits: list[int | None] = []
     colours: list[str | None] = []

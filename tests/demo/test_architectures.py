@@ -91,7 +91,7 @@ def test_it_trains_and_is_stored_and_skips(name: str, tmp_path: Path, monkeypatc
     architecture, model, processor = build(name)
     for_training(architecture, model.train())
     job = JOBS["pairs"]
-    before, again = (train.train_vision(architecture, model, processor, steps, 0)[0] for steps in (2, 1))
+    before, again = (train.train_vision(architecture, job, model, processor, steps, 0)[0] for steps in (2, 1))
     assert again < before  # on the same pictures
     asked = job.draw("validation", 0, 0, 2)
     before, again = (
@@ -146,7 +146,7 @@ def test_every_word_of_a_job_is_one_token(job: str) -> None:
 
 def test_pairs_ask_what_their_pictures_show(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[Canvas] = []
-    monkeypatch.setattr(pairs, "draw", lambda split, rng: shown.append(draw(split, rng)) or shown[-1])
+    monkeypatch.setattr(pairs, "draw", lambda *given: shown.append(draw(*given)) or shown[-1])
     kinds = set()
     for index in range(6):
         shown.clear()

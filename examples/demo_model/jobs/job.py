@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from modes_fx.data import Sample
+from modes_fx.demo.canvas import Canvas
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Job:
         image_names: What the chat template calls a sample's images, in order; a single one is not named.
         kinds: Of questions.
         longest_answer: In tokens, with some to spare.
+        picture: (split, rng, place) to what is shown as a sample's image of that place.
         draw: (split, index, seed, questions) to a group: that many questions about the images of one index.
     """
 
@@ -43,6 +46,7 @@ class Job:
     image_names: tuple[str, ...]
     kinds: tuple[str, ...]
     longest_answer: int
+    picture: Callable[[str, np.random.Generator, int], Canvas]
     draw: Callable[[str, int, int, int], list[Asked]]
 
     def groups(self, split: str, n_groups: int, seed: int, questions: int) -> list[list[Asked]]:

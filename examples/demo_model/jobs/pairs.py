@@ -1,4 +1,4 @@
-"""The harder job: two pictures, and questions whose text must be read as closely as they.
+"""The harder job: two pictures, on a black ground and on a grey one, and questions whose text must be read as closely as they.
 
 Codes are drawn anew for each question, so that an answer in code is looked up in the text; other questions name cells of both
 pictures, calculate, choose by a condition, or ask for all nine cells of one.
@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from demo_model.jobs.job import Asked, Job
 
-from modes_fx.demo.canvas import CELLS, COLOURS, SPLITS, Canvas, draw
+from modes_fx.demo.canvas import CELLS, COLOURS, DARK, SPLITS, Canvas, draw
 from modes_fx.demo.questions import EMPTY, LINES, WORDS
 
-PICTURES = ("first", "second")
+PICTURES, GROUNDS = ("black", "grey"), (DARK, (96, 144))
 CODE = ("ba", "be", "bi", "bo", "bu", "da", "de", "di", "do", "du")
 Pair = tuple[str, str]
 Rng = np.random.Generator
@@ -56,14 +56,14 @@ def _ask_larger(canvases: Sequence[Canvas], rng: Rng) -> Pair | None:
     digits = canvases[0].digits[one], canvases[1].digits[other]
     if digits[0] is None or digits[1] is None or digits[0] == digits[1]:
         return None
-    question = f"which digits are in {CELLS[one]} of the first and {CELLS[other]} of the second , which is larger ?"
+    question = f"which digits are in {CELLS[one]} of the black and {CELLS[other]} of the grey , which is larger ?"
     return question, f"{digits[0]} {digits[1]} {PICTURES[digits[1] > digits[0]]}"
 
 
 def _ask_sum(canvases: Sequence[Canvas], rng: Rng) -> Pair:
     one, other = (_some_filled(canvas, rng) for canvas in canvases)
     digits = canvases[0].digits[one] or 0, canvases[1].digits[other] or 0
-    question = f"how many are {CELLS[one]} of the first and {CELLS[other]} of the second ?"
+    question = f"how many are {CELLS[one]} of the black and {CELLS[other]} of the grey ?"
     return question, f"{digits[0]} {digits[1]} {sum(digits)}"
 
 
@@ -109,9 +109,13 @@ _ASK: dict[str, Callable[[Sequence[Canvas], Rng], Pair | None]] = {
 }
 
 
+def _picture(split: str, rng: Rng, place: int) -> Canvas:
+    return draw(split, rng, GROUNDS[place])
+
+
 def _draw(split: str, index: int, seed: int, questions: int) -> list[Asked]:
     rng = np.random.default_rng([seed, SPLITS.index(split), index, len(PICTURES)])
-    canvases = [draw(split, rng) for _ in PICTURES]
+    canvases = [_picture(split, rng, place) for place in range(len(PICTURES))]
     images = tuple(canvas.image for canvas in canvases)
     asked: list[Asked] = []
     while len(asked) < questions:
@@ -123,4 +127,4 @@ def _draw(split: str, index: int, seed: int, questions: int) -> list[Asked]:
 
 
 _MORE_WORDS = (*PICTURES, "code", "say", ":", ".", *map(str, range(10, 19)), *CODE)
-JOB = Job("pairs", (*WORDS, *_MORE_WORDS), PICTURES, tuple(_ASK), 24, _draw)
+JOB = Job("pairs", (*WORDS, *_MORE_WORDS), PICTURES, tuple(_ASK), 24, _picture, _draw)
