@@ -20,9 +20,9 @@ from modes_fx.attach import optimized
 from modes_fx.graph import marker
 from modes_fx.graph.backend import SkipBackend, rewrite
 from modes_fx.passes import kept_blocks, kept_gemms
-from modes_fx.passes.emit import fake_mode_of, under_fake
 from modes_fx.passes.mark_sites import mark_sites
 from modes_fx.passes.site import RoutingSite, SiteRecord
+from modes_fx.passes.values import fake_mode_of, under_fake, value_of
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import key_of
 from tests import oracle, tiny
@@ -143,7 +143,7 @@ class Marked:
         def given(site: RoutingSite) -> Any:
             hidden = next(node for node in module.graph.nodes if node.name == site.hidden_TH)
             real = self.runtime.given(len(self.runtime.token_classes) if self.runtime.token_classes is not None else 1)
-            tokens = hidden.meta["example_value"].shape[0]
+            tokens = value_of(hidden).shape[0]
             shapes = [((tokens,), torch.int64), *((value.shape, value.dtype) for value in real[1:] if value is not None)]
             nodes = [
                 _placeholder(module.graph, f"modes_fx_{name}_{len(added)}", *of, hidden)
@@ -159,7 +159,7 @@ class Marked:
             for node in markers:
                 with module.graph.inserting_before(output):
                     kept = module.graph.call_function(operator.getitem, (node, 1))
-                    kept.meta["example_value"] = node.meta["example_value"][1]
+                    kept.meta["example_value"] = value_of(node)[1]
                 output.args = ((*output.args[0], kept),)
             self.marked_text = text(module)
             self.sites = (*rejected, *rewrite(module))
@@ -192,7 +192,7 @@ def _placeholder(graph: fx.Graph, name: str, shape: Any, dtype: torch.dtype, lik
     with graph.inserting_after(last):
         node = graph.placeholder(name)
     with under_fake(fake_mode_of(graph)):
-        node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=like.meta["example_value"].device)
+        node.meta["example_value"] = torch.empty(shape, dtype=dtype, device=value_of(like).device)
     return node
 
 

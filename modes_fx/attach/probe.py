@@ -18,6 +18,7 @@ from modes_fx.graph.runtime import Runtime
 from modes_fx.models.layers import MoeLayer, has_accelerate_hooks
 from modes_fx.models.sharding import expert_parallel, whole_weights
 from modes_fx.passes.site import Reject, SiteRecord
+from modes_fx.passes.values import value_of
 
 
 def probe(
@@ -88,7 +89,7 @@ def _given(layer: MoeLayer, runtime: Runtime, device: torch.device) -> Given:
 def _run_uncompiled(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Compiled:
     if any(isinstance(value, Tensor) and value.device.type == "meta" for value in inputs):
         # No weights: shapes are all there is, and the number of kept pairs depends on data.
-        return lambda *values: fx.node.map_arg(_results(module), lambda node: _like(node.meta["example_value"]))
+        return lambda *values: fx.node.map_arg(_results(module), lambda node: _like(value_of(node)))
     return module.forward
 
 

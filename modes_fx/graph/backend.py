@@ -15,6 +15,7 @@ from torch import fx
 from modes_fx.errors import ModesFxError, NoRoutingSiteError, no_compiler
 from modes_fx.passes.site import SiteRecord
 from modes_fx.passes.skip_experts import skip_experts
+from modes_fx.passes.values import complete
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def inductor(module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> C
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.exc import InvalidCxxCompiler
 
+    complete(module.graph.nodes)  # Inductor caches graphs whose nodes have values, and its fusions look at them
     try:
         compiled: Compiled = compile_fx(module, list(inputs), config_patches=options or None)  # type: ignore[assignment]
     except InvalidCxxCompiler as error:

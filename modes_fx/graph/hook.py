@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from modes_fx import graph, kernels, passes, policies
 from modes_fx.passes.skip_experts import is_marked, skip_experts
+from modes_fx.passes.values import complete
 from modes_fx.policies.registry import rules_by_key
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class SkipMarked(CustomGraphPass):
         if not is_marked(graph):
             return
         sites = skip_experts(graph)
+        complete(graph.nodes)
         left = [site for site in sites if site.status != "rewritten"]
         if left:
             reasons = "; ".join(f"{site.code}: {site.detail}" for site in left)

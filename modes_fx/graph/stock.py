@@ -35,6 +35,7 @@ from modes_fx.passes.emit import Emitter
 from modes_fx.passes.mark_sites import Given, mark_sites
 from modes_fx.passes.site import RoutingSite, SiteRecord
 from modes_fx.passes.skip_experts import Dispatch, is_marked, source_of
+from modes_fx.passes.values import value_of
 from modes_fx.plan import SkipPlan
 from modes_fx.policies import RULES, key_of
 from modes_fx.report import GraphReport
@@ -183,7 +184,7 @@ class Marking:
         if shape and self._tables and tuple(self._tables[layer].shape) != shape:
             found = list(self._tables[layer].shape)
             raise PlanError(f"The plan's table of layer {layer} has shape {found}, the layer needs {list(shape)}.")
-        plain = not is_traceable_wrapper_subclass(weight.meta["example_value"])
+        plain = not is_traceable_wrapper_subclass(value_of(weight))
         known = {"serial": self._serial, "layer": layer, "place": site.anchor, "table": list(shape)}
         classes, bounds, table = Emitter.after(hidden, weight).trace(_given, hidden, *([weight] if plain else []), **known)
         return classes, bounds, table if shape else None

@@ -21,6 +21,7 @@ from torch import fx
 
 from modes_fx.passes.rowwise import names_rows
 from modes_fx.passes.site import Reject, RoutingSite
+from modes_fx.passes.values import value_of
 from modes_fx.passes.walk import (
     SENTINELS,
     argument,
@@ -55,7 +56,7 @@ def find(graph: fx.Graph) -> Iterator[fx.Node]:
 
 def _gathers_matrices(node: fx.Node) -> bool:
     source = node.args[0] if gathers(node) else None
-    value = source.meta.get("example_value") if isinstance(source, fx.Node) else None
+    value = value_of(source) if isinstance(source, fx.Node) else None
     return isinstance(value, torch.Tensor) and value.dim() == 3
 
 

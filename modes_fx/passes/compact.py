@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
-from modes_fx.passes.emit import Emitter, erase_dead, erase_unused, refresh_dependents
+from modes_fx.passes.emit import Emitter, erase_dead, erase_unused
 from modes_fx.passes.site import Reject, RoutingSite
+from modes_fx.passes.values import complete, fake_mode_of, forget, set_value, under_fake, value_of
 
 
 def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
@@ -31,40 +32,58 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     ids, weights, hidden = node[site.expert_ids_S], node[site.weights_S], node[site.hidden_TH]
     stock = [node[site.row_ids], node[site.row_weights], node[site.row_hidden]]
     users = [site.readers(item) for item in stock]  # as they are now: the selection will use some of them too
-    _, pair_token, *rows = Emitter.after(ids, weights, hidden, keep).trace(
+    kept, pair_token, *rows = Emitter.after(ids, weights, hidden, keep).trace(
         _select, ids, weights, hidden, keep, top_k=site.top_k, sort=site.perm is not None
     )
-    replace_rows(stock, rows, users, until=node[site.weighted])
+    replace_rows(stock, rows, users, kept, until=node[site.weighted])
     combined, weighted = node[site.combined], node[site.weighted]
-    (summed,) = Emitter(before=combined).trace(
-        add_rows, weighted, pair_token, hidden, dtype=combined.meta["example_value"].dtype
-    )
+    (summed,) = Emitter(before=combined).trace(add_rows, weighted, pair_token, hidden, dtype=value_of(combined).dtype)
     combined.replace_all_uses_with(summed)
     erase_dead([node[name] for name in site.scaffold])
 
 
 def replace_rows(
-    stock: Sequence[fx.Node], rows: Sequence[fx.Node], users: Sequence[Sequence[fx.Node]], *, until: fx.Node
+    stock: Sequence[fx.Node], rows: Sequence[fx.Node], users: Sequence[Sequence[fx.Node]], pairs: fx.Node, *, until: fx.Node
 ) -> None:
     """Let the work between the GEMMs take other rows.
 
     Args:
         stock: What it takes.
-        rows: What it is to take, one for each; made for that.
+        rows: What it is to take, one for each; made for that, by gathering from what the stock ones are gathered from.
         users: The nodes of that work that take each.
+        pairs: int64 [N], the pair of each row.
         until: Its end.
 
     Raises:
         Reject: ``BODY_HAS_FIXED_ROWS`` when it names the number of rows. It is as it was, and the rows are gone.
     """
     _swap(stock, rows, users)
+    number = value_of(pairs).shape[0]
+    with under_fake(fake_mode_of(until.graph)):
+        for row, like in zip(rows, map(value_of, stock), strict=True):  # quicker than to gather them from fake tensors
+            set_value(row, torch.empty((number, *like.shape[1:]), dtype=like.dtype, device=like.device))
+    changed = _behind(rows, until)
+    for node in changed:
+        forget(node)
     try:
-        refresh_dependents(*rows, until=until)
+        complete(changed)
     except (RuntimeError, ValueError, TypeError) as error:
         _swap(rows, stock, users)
-        refresh_dependents(*stock, until=until)
+        for node in changed:
+            forget(node)
         erase_unused(rows)
         raise Reject("BODY_HAS_FIXED_ROWS", f"the work between the GEMMs needs all S rows: {error}") from error
+
+
+def _behind(sources: Sequence[fx.Node], until: fx.Node) -> list[fx.Node]:
+    """Return what depends on some nodes, in graph order, up to and with ``until``."""
+    behind: dict[fx.Node, None] = {}
+    for node in until.graph.nodes:
+        if any(source in behind or source in sources for source in node.all_input_nodes):
+            behind[node] = None
+        if node is until:
+            break
+    return list(behind)
 
 
 def _swap(old: Sequence[fx.Node], new: Sequence[fx.Node], users: Sequence[Sequence[fx.Node]]) -> None:

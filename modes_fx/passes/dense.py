@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from modes_fx.kernels.cpu.ops import DTYPES, FEW_ROWS
 from modes_fx.passes.emit import Emitter
+from modes_fx.passes.values import value_of
 from modes_fx.passes.walk import argument, calls
 
 
@@ -31,10 +32,10 @@ def rewrite(graph: fx.Graph) -> None:
 
 
 def _suits(node: fx.Node) -> bool:
-    x, weight = (argument(node, position, name).meta["example_value"] for position, name in enumerate(("input", "weight")))
+    x, weight = (value_of(argument(node, position, name)) for position, name in enumerate(("input", "weight")))
     if weight.dim() != 2 or weight.stride(1) != 1 or any(is_traceable_wrapper_subclass(value) for value in (x, weight)):
         return False
-    dtypes = {value.dtype for value in (x, weight, node.meta["example_value"])}  # several under autocast
+    dtypes = {value.dtype for value in (x, weight, value_of(node))}  # several under autocast
     many = statically_known_true(x.numel() > FEW_ROWS * weight.shape[1])
     return weight.device.type == "cpu" and len(dtypes) == 1 and dtypes <= DTYPES and not many
 

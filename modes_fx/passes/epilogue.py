@@ -24,6 +24,7 @@ from torch import Tensor, fx
 
 from modes_fx.passes.gemms import uncast
 from modes_fx.passes.rowwise import GROUPED, is_in_place, name_of
+from modes_fx.passes.values import value_of
 from modes_fx.passes.walk import argument, gathers, input_of, is_getitem
 
 _SAME = {"to", "float", "half", "bfloat16", "type_as", "contiguous", "detach"}
@@ -172,7 +173,7 @@ class _Writer:
 
     def _bias(self, node: fx.Node) -> Value | None:
         table: Any = node.args[0]
-        shape = table.meta["example_value"].shape
+        shape = value_of(table).shape
         if len(shape) != 2 or shape[1] != _columns(self.gemm):
             return None
         self.biases[node] = table
@@ -244,11 +245,11 @@ def _number(value: float) -> str:
 
 
 def _columns(node: Any) -> int:
-    return int(node.meta["example_value"].shape[-1])
+    return int(value_of(node).shape[-1])
 
 
 def _dtype(node: fx.Node) -> Any:
-    value = node.meta.get("example_value")
+    value = value_of(node)
     return value.dtype if isinstance(value, Tensor) else None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from modes_fx.passes.emit import Emitter
 from modes_fx.passes.rowwise import GROUPED
 from modes_fx.passes.site import RoutingSite
+from modes_fx.passes.values import value_of
 from modes_fx.passes.walk import argument, input_of, is_method
 
 
@@ -27,7 +28,7 @@ def is_row_major(gemm: fx.Node) -> bool:
     """Return whether the weight of a GEMM lies along its inner dimension D in memory."""
     stored = stored_weight(gemm)
     inner = 1 if stored is input_of(gemm, 1) else 2
-    return bool(stored.meta["example_value"].stride(inner) == 1)
+    return bool(value_of(stored).stride(inner) == 1)
 
 
 def weight_of(gemm: fx.Node) -> fx.Node:
@@ -48,7 +49,7 @@ def multiplied_last(weighted: fx.Node, gemms: Collection[fx.Node]) -> fx.Node | 
 
 def uncast(node: fx.Node) -> fx.Node:
     """Look through conversions to the dtype that a node has."""
-    while is_method(node, "to") and input_of(node).meta["example_value"].dtype == node.meta["example_value"].dtype:
+    while is_method(node, "to") and value_of(input_of(node)).dtype == value_of(node).dtype:
         node = input_of(node)
     return node
 

@@ -37,6 +37,7 @@ from modes_fx.passes.epilogue import Epilogue, epilogue_of, leaves_rows_alone, p
 from modes_fx.passes.gemms import feeds_only, gemms_of, is_row_major, stored_weight, uncast, weight_of
 from modes_fx.passes.rowwise import is_in_place
 from modes_fx.passes.site import RoutingSite
+from modes_fx.passes.values import value_of
 from modes_fx.passes.walk import argument, input_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,15 +49,15 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     gemms = gemms_of(node, site)
     if site.perm is None or not gemms:
         return "its GEMMs are not those of grouped_mm"
-    if _capability(node[site.hidden_TH].meta["example_value"].device) is None:
+    if _capability(value_of(node[site.hidden_TH]).device) is None:
         return "not on an NVIDIA GPU of compute capability 8.0 or more, with Triton"
     if torch.is_grad_enabled():
         return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
     for gemm in gemms:
-        value = stored_weight(gemm).meta["example_value"]
+        value = value_of(stored_weight(gemm))
         if is_traceable_wrapper_subclass(value):
             return f"weights stored as {type(value).__name__}"
-        dtypes = {item.meta["example_value"].dtype for item in (input_of(gemm), stored_weight(gemm))}
+        dtypes = {value_of(item).dtype for item in (input_of(gemm), stored_weight(gemm))}
         if len(dtypes) > 1 or not dtypes <= set(_DTYPES) or argument(gemm, 3, "bias") is not None:
             return f"GEMMs of {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     before = _before(gemms[-1], node, site)
@@ -83,7 +84,7 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     stock = [node[site.row_ids], node[site.row_weights], gathered]
     users = [[user for user in site.readers(item) if user.name not in site.counting] for item in stock]
 
-    rows = _rows_an_expert(ids.meta["example_value"].shape[0], site)
+    rows = _rows_an_expert(value_of(ids).shape[0], site)
     names = {"top_k": site.top_k, "num_experts": site.num_experts}
     emitter = Emitter.after(ids, weights, hidden, keep)
     (experts,) = emitter.trace(_experts, ids, keep, num_experts=site.num_experts)
@@ -120,7 +121,7 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     if total is None:
         summed = (product, experts, weights) if alone else (weighted, experts)
         (total,) = Emitter(before=combined).trace(_pair_sum, *summed, **names)
-    (total,) = Emitter(before=combined).trace(_cast, total, dtype=combined.meta["example_value"].dtype)
+    (total,) = Emitter(before=combined).trace(_cast, total, dtype=value_of(combined).dtype)
     combined.replace_all_uses_with(total)
     within = {item for epilogue in epilogues.values() for item in epilogue.nodes}
     replaced = [node[name] for name in (*site.scaffold, *site.body, *site.counting)]
@@ -172,7 +173,7 @@ def _sizes(gemm: fx.Node, rows: float | None, parts: int) -> list[int]:
     if rows is None:
         pair_sizes = pair_sizes_to_try(is_row_major(gemm), parts)
         return flattened(pair_sizes if inductor_config.max_autotune else pair_sizes[:1])
-    capability = _capability(gemm.meta["example_value"].device)
+    capability = _capability(value_of(gemm).device)
     assert capability is not None, "why_not has asked"
     sizes = sizes_to_try(capability, rows, parts)
     return flattened(sizes if inductor_config.max_autotune else sizes[:1])

@@ -25,6 +25,7 @@ from modes_fx.passes.emit import Emitter, erase_dead
 from modes_fx.passes.gemms import feeds_only, gemms_of, is_row_major, multiplied_last, stored_weight, uncast, weight_of
 from modes_fx.passes.rowwise import is_in_place
 from modes_fx.passes.site import RoutingSite
+from modes_fx.passes.values import value_of
 from modes_fx.passes.walk import argument, input_of
 
 
@@ -34,7 +35,7 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
     gemms = gemms_of(node, site)
     if site.perm is None or not gemms:
         return "its GEMMs are not those of grouped_mm"
-    if node[site.hidden_TH].meta["example_value"].device.type not in ("cpu", "meta"):  # meta: what a CPU would get
+    if value_of(node[site.hidden_TH]).device.type not in ("cpu", "meta"):  # meta: what a CPU would get
         return "not on a CPU"
     if torch.is_grad_enabled():
         return "gradients are on: run under torch.no_grad() or torch.inference_mode()"
@@ -42,10 +43,10 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
         rows, weight = input_of(gemm), stored_weight(gemm)
         if not is_row_major(gemm):
             return "its weights lie along their outer dimension: optimize(..., prepack=True) turns them"
-        value = weight.meta["example_value"]
+        value = value_of(weight)
         if is_traceable_wrapper_subclass(value) and not isinstance(value, PackedWeight):
             return f"weights stored as {type(value).__name__}"
-        dtypes = {item.meta["example_value"].dtype for item in (rows, weight)}
+        dtypes = {value_of(item).dtype for item in (rows, weight)}
         if len(dtypes) > 1 or not dtypes <= DTYPES or argument(gemm, 3, "bias") is not None:
             return f"GEMMs of {' and '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}"
     return ""
@@ -54,7 +55,7 @@ def why_not(graph: fx.Graph, site: RoutingSite) -> str:
 def kind(graph: fx.Graph, site: RoutingSite) -> str:
     """Return which kernels a site's GEMMs will be."""
     node = {item.name: item for item in graph.nodes}
-    packed = [isinstance(stored_weight(gemm).meta["example_value"], PackedWeight) for gemm in gemms_of(node, site)]
+    packed = [isinstance(value_of(stored_weight(gemm)), PackedWeight) for gemm in gemms_of(node, site)]
     return "packed kernels" if all(packed) else "kernels"
 
 
@@ -67,11 +68,11 @@ def rewrite(graph: fx.Graph, site: RoutingSite, keep: fx.Node) -> None:
     pairs, offsets, pair_token, *rows = Emitter.after(ids, weights, hidden, keep).trace(
         _select, ids, weights, hidden, keep, top_k=site.top_k, num_experts=site.num_experts
     )
-    replace_rows(stock, rows, users, until=node[site.weighted])
+    replace_rows(stock, rows, users, pairs, until=node[site.weighted])
     row_weights, row_hidden = rows[1:]
     combined, weighted = node[site.combined], node[site.weighted]
     gemms = gemms_of(node, site)
-    dtype = combined.meta["example_value"].dtype
+    dtype = value_of(combined).dtype
     last = multiplied_last(weighted, gemms)
     gathers = feeds_only(row_hidden, gemms)  # else the rows have to be there, for others or to be changed
     for gemm in gemms:

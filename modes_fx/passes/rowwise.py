@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from modes_fx.passes.site import Reject
+from modes_fx.passes.values import value_of
 
 _IN_PLACE_OPERATORS = {"iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "ipow": "pow", "truediv": "div"}
 _CASTS = {"to", "float", "half", "bfloat16", "double", "type_as", "contiguous", "clone", "detach", "dropout"}
@@ -80,7 +81,7 @@ def _works_by_row(node: fx.Node, name: str, body: Collection[fx.Node], offsets: 
 
 def _works_by_row_of(source: fx.Node, node: fx.Node, name: str, offsets: fx.Node | None) -> bool:
     """Judge an operation that takes rows as its first argument and nowhere else."""
-    if not isinstance(source.meta.get("example_value"), Tensor):  # a tuple, such as chunk's
+    if not isinstance(value_of(source), Tensor):  # a tuple, such as chunk's
         return name == "getitem" and isinstance(node.args[1], int)
     ndim = _ndim(source)
     if name in GROUPED:
@@ -136,17 +137,17 @@ def _aligns_rows(node: fx.Node, inside: Collection[fx.Node]) -> bool:
     Operands with fewer dimensions than the result are lined up with its last ones; ``max`` and ``where``, which share their
     names with pointwise forms, return fewer dimensions or a tuple in others.
     """
-    result = node.meta.get("example_value")
+    result = value_of(node)
     if not isinstance(result, Tensor):
         return False
     ndim = result.dim()
-    outside = [item.meta.get("example_value") for item in node.all_input_nodes if item not in inside]
+    outside = [value_of(item) for item in node.all_input_nodes if item not in inside]
     varies = any(isinstance(value, Tensor) and value.dim() == ndim and value.shape[0] != 1 for value in outside)
     return not varies and all(_ndim(item) == ndim for item in inside)
 
 
 def _ndim(node: fx.Node) -> int:
-    value = node.meta.get("example_value")
+    value = value_of(node)
     return value.dim() if isinstance(value, Tensor) else -1
 
 
@@ -176,10 +177,10 @@ def names_rows(view: fx.Node) -> bool:
 def _check_view(node: fx.Node) -> None:
     if names_rows(node):
         raise Reject("BODY_HAS_FIXED_ROWS", f"{node.name} names the number of pairs", node)
-    if node.meta["example_value"].shape[0] != _rows_before(node):
+    if value_of(node).shape[0] != _rows_before(node):
         raise Reject("BODY_MIXES_ROWS", f"{node.name} folds rows into other dimensions", node)
 
 
 def _rows_before(node: fx.Node) -> Any:
     source = node.args[0]
-    return source.meta["example_value"].shape[0] if isinstance(source, fx.Node) else None
+    return value_of(source).shape[0] if isinstance(source, fx.Node) else None

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from modes_fx.passes import batched_mm, compact, dense, grouped_mm, kept_blocks, kept_gemms, static
 from modes_fx.passes.emit import Emitter, erase_unused
 from modes_fx.passes.site import Reject, RoutingSite, SiteRecord
+from modes_fx.passes.values import value_of
 from modes_fx.passes.walk import is_getitem, is_marker
 from modes_fx.policies import decide, rule_of
 
@@ -83,7 +84,7 @@ def _rewrite(marker: fx.Node, site: RoutingSite | None, refused: Iterable[tuple[
     if site is None:
         return _left(marker, refused, layer)
     node = {item.name: item for item in marker.graph.nodes}
-    hidden = node[site.hidden_TH].meta["example_value"]
+    hidden = value_of(node[site.hidden_TH])
     form = dispatch if dispatch != "auto" else ("compact" if hidden.device.type == "cpu" else "static")
     stock, ours = _REWRITES[form]
     why_not = ours.why_not(marker.graph, site)

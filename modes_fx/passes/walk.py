@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from modes_fx.passes import rowwise
 from modes_fx.passes.site import Reject
+from modes_fx.passes.values import value_of
 
 SENTINELS = "expert ids hold sentinels of expert parallelism: use modes_fx.optimize(), with transformers from 5.21 on"
 
@@ -65,7 +66,7 @@ def only_user(node: fx.Node, accept: Callable[[fx.Node], bool], otherwise: str) 
 
 def shape_of(node: fx.Node) -> torch.Size:
     """Return the shape of a node's example value."""
-    shape: torch.Size = node.meta["example_value"].shape
+    shape: torch.Size = value_of(node).shape
     return shape
 
 
@@ -75,7 +76,7 @@ def constant(value: Any, *nodes: fx.Node) -> int:
     Where dynamo was told that every size varies, K is symbolic: it is made a constant then, and dynamo guards on it.
     """
     if isinstance(value, fx.Node):
-        value = value.meta.get("example_value")
+        value = value_of(value)
     if isinstance(value, int) or (isinstance(value, torch.SymInt) and not free_unbacked_symbols(value)):
         return int(value)
     raise Reject("NOT_A_DISPATCH", "the number of experts or K is not a constant", *nodes)
@@ -146,8 +147,8 @@ def weight_inputs(weight: fx.Node) -> tuple[str, ...]:
         if node in seen:
             continue
         seen.add(node)
-        value = node.meta.get("example_value")
-        if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dim() >= 2:
+        value = value_of(node) if node.op == "placeholder" else None
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
             found.append(node.name)
         queue.extend(node.all_input_nodes)
     if not found:

@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 import modes_fx
+from modes_fx.passes.values import complete
 from tests import harness, oracle, tiny
 from tests.passes.conftest import STOCK, Routing, assert_close, expected, tolerance
 
@@ -55,6 +56,7 @@ class Experts:
 
 
 def assert_waits_for_nothing(graph: fx.Graph, value_of: str) -> None:
+    complete(graph.nodes)
     for node in graph.nodes:
         target = getattr(node.target, "overloadpacket", node.target)
         assert target not in WAITS, node.format_node()

@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from modes_fx.graph import marker
 from modes_fx.passes.skip_experts import skip_experts
+from modes_fx.passes.values import value_of
 from tests import harness, oracle, tiny
 from tests.passes.conftest import EXPERTS, FORMS, HIDDEN, TOP_K, Routing, form_id
 
@@ -58,7 +59,7 @@ def gathers_of_matrices(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def example(node: fx.Node) -> Any:
-    return node.meta["example_value"]
+    return value_of(node)
 
 
 def test_the_site_is_recorded_as_rewritten(form: Form, captured: harness.Capture) -> None:

@@ -60,7 +60,8 @@ def _define(file: str, schema: str, fake: Callable[..., Any]) -> None:
 
 def _sort_pairs(keep: Tensor, expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     rows = torch.library.get_ctx().new_dynamic_size(min=0)
-    return keep.new_empty(rows, dtype=torch.int64), keep.new_empty(num_experts + 1, dtype=torch.int64)
+    ends = torch.empty(num_experts + 1, dtype=torch.int64, device=keep.device)
+    return torch.empty(rows, dtype=torch.int64, device=keep.device), ends
 
 
 def _linear(x: Tensor, pairs: Tensor | None, top_k: int, weight: Tensor, offsets: Tensor) -> Tensor:
