@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"  # without an NVIDIA GPU; Triton asks when torch imports it
@@ -26,6 +27,13 @@ torch.set_num_threads(1)
 logging.getLogger("torch.__trace").propagate = True
 torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to start than the tiny kernels to compile
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # a time for the log, measured by emptying the processor's caches
+torch._dynamo.guards.get_verbose_code_part = lambda code, _: code  # a line of source for the log, for each guard
+torch._dynamo.config.log_compilation_metrics = False
+torch._dynamo.config.side_effect_replay_policy = "silent"  # else the stack of each side effect is formatted, for the log
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    from tests import triton_interpreter
+
+    triton_interpreter.quicken()
 
 
 def pytest_collection_finish() -> None:
