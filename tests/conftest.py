@@ -29,7 +29,8 @@ torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to 
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # a time for the log, measured by emptying the processor's caches
 torch._dynamo.guards.get_verbose_code_part = lambda code, _: code  # a line of source for the log, for each guard
 torch._dynamo.config.log_compilation_metrics = False
-torch._dynamo.config.side_effect_replay_policy = "silent"  # else the stack of each side effect is formatted, for the log
+if hasattr(torch._dynamo.config, "side_effect_replay_policy"):  # not in 2.11
+    torch._dynamo.config.side_effect_replay_policy = "silent"  # else the stack of each side effect is formatted, for the log
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
     from tests import triton_interpreter
 

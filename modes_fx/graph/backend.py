@@ -91,8 +91,7 @@ class SkipBackend:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         """Compile dynamo's graph; called by dynamo."""
-        with inductor_config.patch(self._settings):  # what the passes ask of it
-            sites = rewrite(module)
+        sites = rewrite(module, **self._settings)
         self._compiled(sites)
         left = [site for site in sites if site.status != "rewritten"]
         if self._require_site and left:
@@ -111,9 +110,10 @@ class SkipBackend:
         return run
 
 
-def rewrite(module: fx.GraphModule) -> tuple[SiteRecord, ...]:
-    """Run the pass on dynamo's graph, in place, and log what became of each marked dispatch."""
-    sites = skip_experts(module.graph)
+def rewrite(module: fx.GraphModule, **settings: Any) -> tuple[SiteRecord, ...]:
+    """Run the pass on dynamo's graph, in place, under Inductor's settings, and log what became of each marked dispatch."""
+    with inductor_config.patch(settings):
+        sites = skip_experts(module.graph)
     module.recompile()
     for site in sites:
         logger.debug("site %s of %s: %s %s %s", site.anchor, site.source, site.status, site.code, site.detail)

@@ -74,12 +74,12 @@ def modes_fx(
             raise ModesFxError(
                 f"This model was optimised: give {', '.join(settings)} to modes_fx.optimize() or set_plan(), not the backend."
             )
-        sites = rewrite(module)
+        sites = rewrite(module, **rest)
         _say(report, sites, takes_experts=True)
         return inductor(module, inputs, **rest)
     marking = Marking(module, options=options, **settings)
     rejected = mark_sites(module.graph, partial(marking.given, module.graph), key_of(marking.rule), marking.dispatch)
-    sites = (*rejected, *rewrite(module))
+    sites = (*rejected, *rewrite(module, **rest))
     _say(report, sites, takes_experts=marking.takes_experts)
     return marking.around(inductor(module, inputs, **rest))
 

@@ -10,7 +10,7 @@ from torch import fx
 pytest.importorskip("triton")
 
 import modes_fx
-from modes_fx.graph import backend
+from modes_fx.graph import backend, stock
 from modes_fx.graph.backend import inductor_settings
 from modes_fx.passes import kept_blocks
 from tests import harness, oracle, tiny
@@ -102,12 +102,14 @@ def test_max_autotune_lets_the_first_call_choose_the_sizes(mode: str, form: str)
     assert all(size > numbers for size in sizes) if mode == "max-autotune" else sizes == [numbers, numbers]
 
 
-def test_the_passes_of_a_region_see_its_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_passes_see_the_mode_of_a_region_and_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
-    monkeypatch.setattr(backend, "rewrite", lambda module: seen.append(inductor_config.max_autotune) or ())
+    monkeypatch.setattr(backend, "skip_experts", lambda graph: seen.append(inductor_config.max_autotune) or ())
+    monkeypatch.setattr(stock, "inductor", harness.uncompiled)
     compile_region = backend.SkipBackend(lambda sites: None, harness.uncompiled, **inductor_settings("max-autotune", {}))
     compile_region(fx.GraphModule({}, fx.Graph()), [])
-    assert (seen, inductor_config.max_autotune) == ([True], False)
+    stock.modes_fx(fx.GraphModule({}, fx.Graph()), [], mode="max-autotune")
+    assert (seen, inductor_config.max_autotune) == ([True, True], False)
 
 
 def test_few_pairs_are_no_more_than_experts() -> None:
