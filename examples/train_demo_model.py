@@ -30,7 +30,7 @@ from modes_fx.models.loading import load
 logger = logging.getLogger("train_demo_model")
 
 LOG = "training_log.json"
-STEPS = {"grid": 1000, "pairs": 1300}
+STEPS = {"grid": 1000, "pairs": 1200}
 
 
 def save(architecture: Architecture, model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> None:
@@ -67,8 +67,10 @@ def main() -> None:
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="qwen3_vl_moe")
     parser.add_argument("--job", choices=list(JOBS), default="grid", help="pairs trains the grid's too")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision-steps", type=int, default=600, help="steps of the vision tower alone")
-    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 1300 for pairs, if left out")
+    parser.add_argument(
+        "--vision-steps", type=int, help="steps of the vision tower alone; 600 or 1000 by architecture if left out"
+    )
+    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 1200 for pairs, if left out")
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
     args = parser.parse_args()
     check_is_ours(args.out)  # now, not when the work is done
@@ -79,7 +81,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     started = time.monotonic()
     architecture, job = ARCHITECTURES[args.architecture], JOBS[args.job]
-    steps = args.steps or STEPS[job.name]
+    steps, vision_steps = args.steps or STEPS[job.name], args.vision_steps or architecture.vision_steps
     processor = architecture.build_processor(job)
     model = architecture.build_model(processor, job).train()
     language = model.model.language_model
@@ -89,7 +91,7 @@ def main() -> None:
         "architecture": architecture.name,
         "job": job.name,
         "seed": args.seed,
-        "vision_steps": args.vision_steps,
+        "vision_steps": vision_steps,
         "steps": steps,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation": {},
@@ -107,7 +109,7 @@ def main() -> None:
         logger.info("step %d, validation: %s", step, log["validation"][step])
         save(architecture, model, processor, log, args.out)
 
-    log["vision_losses"] = thin(train_vision(architecture, job, model, processor, args.vision_steps, args.seed), 20)
+    log["vision_losses"] = thin(train_vision(architecture, job, model, processor, vision_steps, args.seed), 20)
     report(steps, train_whole(architecture, job, model, processor, steps, args.seed, args.every, report))
 
     stored, _ = load(str(args.out), dtype="bfloat16", processor=processor)

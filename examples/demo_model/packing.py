@@ -136,16 +136,18 @@ class Packer:
         return positions_3BS[:, 0]
 
 
-def visual_token_targets(canvases: Sequence[Canvas], side: int = 8) -> dict[str, Tensor]:
+def visual_token_targets(canvases: Sequence[Canvas], places: Sequence[int], side: int = 8) -> dict[str, Tensor]:
     """What to say of each visual token, for training the vision tower alone.
 
     Args:
         canvases: B canvases.
+        places: which of a sample's pictures each is.
         side: visual tokens along a side, G.
 
     Returns:
         "digit", "colour" and "cell", int64 [B * G * G], in the order of the visual tokens: about the cell under the
-        token's middle; of digits and colours, the class after the last stands for an empty cell.
+        token's middle, counted on from picture to picture; of digits and colours, the class after the last stands for an
+        empty cell.
     """
     colours = list(COLOURS)
     place = (2 * torch.arange(side) + 1) * 3 // (2 * side)  # the cell under each token's middle
@@ -155,5 +157,5 @@ def visual_token_targets(canvases: Sequence[Canvas], side: int = 8) -> dict[str,
     return {
         "digit": digit[:, cell].flatten(),
         "colour": colour[:, cell].flatten(),
-        "cell": cell.repeat(len(canvases)),
+        "cell": torch.cat([cell + 9 * place for place in places]),
     }

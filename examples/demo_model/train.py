@@ -16,7 +16,7 @@ from demo_model.packing import PackedBatch, Packer, visual_token_targets
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from modes_fx.demo.canvas import CELLS, COLOURS
+from modes_fx.demo.canvas import COLOURS
 from modes_fx.demo.data import IGNORED
 from modes_fx.demo.questions import EMPTY
 
@@ -38,20 +38,17 @@ CLIP_NORM = 1.0
 def train_vision(
     architecture: Architecture, job: Job, model: Any, processor: ProcessorMixin, steps: int, seed: int
 ) -> list[float]:
-    """Teach the vision tower to name digit, colour, cell and picture under each visual token, in the language model's words.
+    """Teach the vision tower to name digit, colour and cell under each visual token, in the language model's own words.
 
-    The words for digits and colours are rows of the output head, those for cells and pictures rows of the input embedding: so
-    an image's tokens start out close to the words that questions use for them, and to the words that answer. Without this
+    The words for digits and colours are rows of the output head, those for cells rows of the input embedding: so an
+    image's tokens start out close to the words that questions use for them, and to the words that answer. Without this
     stage the whole model sits on a plateau for hundreds of steps: it would have to find what to see and how to look it
     up at once.
 
     Returns:
         The loss of every step.
     """
-    words = {"digit": [*map(str, range(10)), EMPTY], "colour": [*COLOURS, EMPTY], "cell": list(CELLS)}
-    names = job.image_names
-    if len(names) > 1:
-        words["picture"] = list(names)
+    words = {"digit": [*map(str, range(10)), EMPTY], "colour": [*COLOURS, EMPTY], "cell": list(job.cells)}
     ids = {name: torch.tensor(processor.tokenizer.convert_tokens_to_ids(row)) for name, row in words.items()}
     parts = {**architecture.tower(model), "embed": model.get_input_embeddings(), "lm_head": model.lm_head}
     tower = nn.ModuleDict(parts)
@@ -59,17 +56,15 @@ def train_vision(
     losses = []
     for step in range(steps):
         rng = np.random.default_rng([seed, step])
-        places = [index % len(names) for index in range(VISION_IMAGES_PER_STEP)]
+        places = [index % len(job.image_names) for index in range(VISION_IMAGES_PER_STEP)]
         canvases = [job.picture("train", rng, place) for place in places]
         images = processor.image_processor([canvas.image for canvas in canvases], return_tensors="pt")
         features_TH = architecture.visual_tokens(model, images)
         features_TH = F.rms_norm(features_TH, features_TH.shape[1:])
         loss = features_TH.new_zeros(())
-        targets = visual_token_targets(canvases)
-        targets["picture"] = torch.tensor(places).repeat_interleave(len(features_TH) // len(places))
-        for name, ids_W in ids.items():
-            table = tower["embed" if name in ("cell", "picture") else "lm_head"].weight
-            loss = loss + F.cross_entropy(features_TH @ table[ids_W].T, targets[name])
+        for name, target_T in visual_token_targets(canvases, places).items():
+            table = tower["embed" if name == "cell" else "lm_head"].weight
+            loss = loss + F.cross_entropy(features_TH @ table[ids[name]].T, target_T)
         losses.append(_update(loss, tower, optimizers, step, steps))
         if step % 100 == 99:
             logger.info("vision step %d: loss %.3f", step + 1, np.mean(losses[-100:]))

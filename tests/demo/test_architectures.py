@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import modes_fx
 from modes_fx.data import load_samples, make_batches
-from modes_fx.demo.canvas import CELLS, Canvas, draw
+from modes_fx.demo.canvas import COLUMNS, Canvas, draw
 from modes_fx.demo.data import IGNORED
 from modes_fx.models.loading import load
 
@@ -148,30 +148,42 @@ def test_pairs_ask_what_their_pictures_show(monkeypatch: pytest.MonkeyPatch) -> 
     shown: list[Canvas] = []
     monkeypatch.setattr(pairs, "draw", lambda *given: shown.append(draw(*given)) or shown[-1])
     kinds = set()
+
+    def digit_in(cell: str) -> str:
+        canvas = shown["ABCDEF".index(cell[0]) // 3]
+        digit = canvas.digits[pairs.ALL_CELLS.index(cell) % 9]
+        return "empty" if digit is None else str(digit)
+
+    def colour_in(cell: str) -> str:
+        return shown["ABCDEF".index(cell[0]) // 3].colours[pairs.ALL_CELLS.index(cell) % 9] or "empty"
+
     for index in range(6):
         shown.clear()
         for asked in pairs.JOB.draw("test", index, 0, 14):
             kinds.add(asked.kind)
             assert [image.tobytes() for image in asked.images] == [canvas.image.tobytes() for canvas in shown]
             words, answer = asked.question.split(), asked.answer.split()
-            cells = [word for word in words if word in CELLS]
+            named = [word for word in words if word in pairs.ALL_CELLS]
+            code = {word: words[place + 2] for place, word in enumerate(words) if words[place + 1 : place + 2] == ["is"]}
             if asked.kind in ("larger", "sum"):
-                digits = [canvas.digits[CELLS.index(cell)] for canvas, cell in zip(shown, cells, strict=True)]
-                assert answer[:2] == [str(digit) for digit in digits]
-                assert answer[2] == (str(sum(digits)) if asked.kind == "sum" else pairs.PICTURES[digits[1] > digits[0]])
+                digits = [digit_in(cell) for cell in named]
+                assert answer[:2] == digits
+                total, larger = str(sum(map(int, digits))), named[int(digits[1]) > int(digits[0])]
+                assert answer[2] == (total if asked.kind == "sum" else larger)
             elif asked.kind == "condition":
-                picture = pairs.PICTURES.index(words[words.index("the") + 1])
-                assert answer[0] == shown[picture].colours[CELLS.index(cells[0])]
-                assert answer[1] == ("yes" if answer[0] in words else "no")
-                assert answer[2] == cells[1 if answer[1] == "yes" else 2]
-                digit = shown[1 - picture].digits[CELLS.index(answer[2])]
-                assert answer[3] == ("empty" if digit is None else str(digit))
-            elif asked.kind == "digits_in_code":
-                picture = pairs.PICTURES.index(words[-4])
-                code = {word: words[place + 2] for place, word in enumerate(words) if words[place + 1 : place + 2] == ["is"]}
-                for cell, said in zip(answer[::2], answer[1::2], strict=True):
-                    digit = shown[picture].digits[CELLS.index(cell)]
-                    assert said == ("empty" if digit is None else code[str(digit)])
+                assert answer[0] == colour_in(named[0])
+                assert answer[1] == ("yes" if answer[0] == words[2] else "no")
+                assert answer[2:] == [named[1 if answer[1] == "yes" else 2], digit_in(answer[2])]
+            elif asked.kind == "read":
+                assert answer == [word for cell in named for word in (cell, digit_in(cell))]
+            elif asked.kind == "all_colours":
+                cells = pairs.ALL_CELLS[:9] if "first" in words else pairs.ALL_CELLS[9:]
+                assert answer == [word for cell in cells for word in (cell, colour_in(cell))]
+            else:
+                tell = digit_in if asked.kind == "digits_in_code" else colour_in
+                row = words[words.index("row") + 1]
+                told = [(f"{row}{column}", tell(f"{row}{column}")) for column in COLUMNS]
+                assert answer == [word for cell, seen in told for word in (cell, seen, code.get(seen)) if word is not None]
     assert kinds == set(pairs.JOB.kinds)
 
 

@@ -69,6 +69,7 @@ ARCHITECTURE = Architecture(
     build_model=_build_model,
     tower=internvl.tower,
     visual_tokens=internvl.visual_tokens,
+    vision_steps=1000,
     experts_implementation=BLOCKED,
     attention_implementation="sdpa",
     to_hub_form=internvl_to_hub_form,

@@ -40,6 +40,7 @@ ARCHITECTURE = Architecture(
     build_model=_build_model,
     tower=internvl.tower,
     visual_tokens=internvl.visual_tokens,
+    vision_steps=1000,
     experts_implementation="grouped_mm",
     attention_implementation=SINKS,
     to_hub_form=internvl_to_hub_form,

@@ -111,6 +111,7 @@ ARCHITECTURE = Architecture(
     build_model=_build_model,
     tower=_tower,
     visual_tokens=_visual_tokens,
+    vision_steps=600,
     experts_implementation=BLOCKED,
     attention_implementation="sdpa",
     to_hub_form=qwen_to_hub_form,

@@ -35,6 +35,7 @@ class Job:
         name: What the scripts call it.
         words: Every word of every question and answer; the tokenizer has one token for each.
         image_names: What the chat template calls a sample's images, in order; a single one is not named.
+        cells: What the cells of its pictures are called, picture by picture.
         kinds: Of questions.
         longest_answer: In tokens, with some to spare.
         picture: (split, rng, place) to what is shown as a sample's image of that place.
@@ -44,6 +45,7 @@ class Job:
     name: str
     words: tuple[str, ...]
     image_names: tuple[str, ...]
+    cells: tuple[str, ...]
     kinds: tuple[str, ...]
     longest_answer: int
     picture: Callable[[str, np.random.Generator, int], Canvas]

@@ -1,7 +1,8 @@
-"""The harder job: two pictures, on a black ground and on a grey one, and questions whose text must be read as closely as they.
+"""The harder job: two pictures, and questions whose text must be read as closely as they.
 
-Codes are drawn anew for each question, so that an answer in code is looked up in the text; other questions name cells of both
-pictures, calculate, choose by a condition, or ask for all nine cells of one.
+The first picture, on a black ground, has the rows A to C, the second, on a grey one, D to F. Codes are drawn anew for each
+question, so that an answer in code is looked up in the text; other questions name cells of both pictures, calculate, choose by
+a condition, or ask for all nine cells of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,98 +10,104 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from demo_model.jobs.job import Asked, Job
 
-from modes_fx.demo.canvas import CELLS, COLOURS, DARK, SPLITS, Canvas, draw
-from modes_fx.demo.questions import EMPTY, LINES, WORDS
+from modes_fx.demo.canvas import CELLS, COLOURS, COLUMNS, DARK, ROWS, SPLITS, Canvas, draw
+from modes_fx.demo.questions import EMPTY, WORDS
 
-PICTURES, GROUNDS = ("black", "grey"), (DARK, (96, 144))
+PICTURES, GROUNDS = ("first", "second"), (DARK, (96, 144))
+MORE_ROWS = ("D", "E", "F")
+ALL_CELLS = (*CELLS, *(row + column for row in MORE_ROWS for column in COLUMNS))
 CODE = ("ba", "be", "bi", "bo", "bu", "da", "de", "di", "do", "du")
 Pair = tuple[str, str]
 Rng = np.random.Generator
 
 
-def _digit(canvas: Canvas, cell: int) -> str:
-    return EMPTY if canvas.digits[cell] is None else str(canvas.digits[cell])
+class Both:
+    """What two canvases show, by cells 0 to 17."""
+
+    def __init__(self, canvases: Sequence[Canvas]) -> None:
+        self._digits = [digit for canvas in canvases for digit in canvas.digits]
+        self._colours = [colour for canvas in canvases for colour in canvas.colours]
+        self.filled = [[cell + 9 * place for cell in canvas.filled] for place, canvas in enumerate(canvases)]
+
+    def digit(self, cell: int) -> str:
+        """The digit in a cell, in words."""
+        return EMPTY if self._digits[cell] is None else str(self._digits[cell])
+
+    def colour(self, cell: int) -> str:
+        """Its colour."""
+        return self._colours[cell] or EMPTY
+
+    def some_filled(self, place: int, rng: Rng) -> int:
+        """A cell of one picture that holds a digit."""
+        return int(rng.choice(self.filled[place]))
 
 
-def _colour(canvas: Canvas, cell: int) -> str:
-    return canvas.colours[cell] or EMPTY
+def _row(rng: Rng) -> tuple[str, range]:
+    index = int(rng.integers(2 * len(ROWS)))
+    return f"row {(*ROWS, *MORE_ROWS)[index]}", range(3 * index, 3 * index + 3)
 
 
-def _some_picture(rng: Rng) -> int:
-    return int(rng.integers(len(PICTURES)))
+def _in_code(names: Sequence[str], tell: Callable[[Both, int], str], what: str) -> Callable[[Both, Rng], Pair]:
+    """A row in a code that the question gives, in random order; each cell is named, told, and then said in code."""
 
-
-def _some_filled(canvas: Canvas, rng: Rng) -> int:
-    return int(rng.choice(canvas.filled))
-
-
-def _code_book(names: Sequence[str], rng: Rng) -> tuple[str, dict[str, str]]:
-    """A code in words, in random order, and as a table; what is empty stays so."""
-    words = dict(zip(names, map(str, rng.permutation(CODE)), strict=False))
-    text = " , ".join(f"{names[index]} is {words[names[index]]}" for index in rng.permutation(len(names)))
-    return f"code : {text} .", {**words, EMPTY: EMPTY}
-
-
-def _in_code(names: Sequence[str], tell: Callable[[Canvas, int], str], what: str) -> Callable[[Sequence[Canvas], Rng], Pair]:
-    def ask(canvases: Sequence[Canvas], rng: Rng) -> Pair:
-        text, code = _code_book(names, rng)
-        picture, (line, cells) = _some_picture(rng), list(LINES.items())[rng.integers(len(LINES))]
-        answer = " ".join(f"{CELLS[cell]} {code[tell(canvases[picture], cell)]}" for cell in cells)
-        return f"{text} say the {what} in {line} of the {PICTURES[picture]} in code .", answer
+    def ask(both: Both, rng: Rng) -> Pair:
+        words = dict(zip(names, map(str, rng.permutation(CODE)), strict=False))
+        book = " , ".join(f"{names[index]} is {words[names[index]]}" for index in rng.permutation(len(names)))
+        row, cells = _row(rng)
+        told = ((ALL_CELLS[cell], tell(both, cell)) for cell in cells)
+        answer = " ".join(f"{name} {word} {words[word]}" if word in words else f"{name} {word}" for name, word in told)
+        return f"code : {book} . say the {what} in {row} in code .", answer
 
     return ask
 
 
-def _ask_larger(canvases: Sequence[Canvas], rng: Rng) -> Pair | None:
-    one, other = (_some_filled(canvas, rng) for canvas in canvases)
-    digits = canvases[0].digits[one], canvases[1].digits[other]
-    if digits[0] is None or digits[1] is None or digits[0] == digits[1]:
+def _ask_larger(both: Both, rng: Rng) -> Pair | None:
+    cells = [both.some_filled(place, rng) for place in range(2)]
+    digits = [both.digit(cell) for cell in cells]
+    if digits[0] == digits[1]:
         return None
-    question = f"which digits are in {CELLS[one]} of the black and {CELLS[other]} of the grey , which is larger ?"
-    return question, f"{digits[0]} {digits[1]} {PICTURES[digits[1] > digits[0]]}"
+    names = [ALL_CELLS[cell] for cell in cells]
+    larger = names[int(digits[1]) > int(digits[0])]
+    return f"which digits are in {names[0]} and {names[1]} , which is larger ?", f"{digits[0]} {digits[1]} {larger}"
 
 
-def _ask_sum(canvases: Sequence[Canvas], rng: Rng) -> Pair:
-    one, other = (_some_filled(canvas, rng) for canvas in canvases)
-    digits = canvases[0].digits[one] or 0, canvases[1].digits[other] or 0
-    question = f"how many are {CELLS[one]} of the black and {CELLS[other]} of the grey ?"
-    return question, f"{digits[0]} {digits[1]} {sum(digits)}"
+def _ask_sum(both: Both, rng: Rng) -> Pair:
+    cells = [both.some_filled(place, rng) for place in range(2)]
+    digits = [both.digit(cell) for cell in cells]
+    question = f"how many are {ALL_CELLS[cells[0]]} and {ALL_CELLS[cells[1]]} ?"
+    return question, f"{digits[0]} {digits[1]} {sum(map(int, digits))}"
 
 
-def _ask_read(canvases: Sequence[Canvas], rng: Rng) -> Pair:
+def _ask_read(both: Both, rng: Rng) -> Pair:
     """Three cells of either picture, in the order of the text."""
-    places = [(_some_picture(rng), int(rng.integers(len(CELLS)))) for _ in range(3)]
-    question = " , ".join(f"{CELLS[cell]} of the {PICTURES[picture]}" for picture, cell in places)
-    answer = " ".join(f"{CELLS[cell]} {_digit(canvases[picture], cell)}" for picture, cell in places)
-    return f"say {question} .", answer
+    cells = [int(cell) for cell in rng.permutation(len(ALL_CELLS))[:3]]
+    answer = " ".join(f"{ALL_CELLS[cell]} {both.digit(cell)}" for cell in cells)
+    return f"say {' , '.join(ALL_CELLS[cell] for cell in cells)} .", answer
 
 
-def _ask_condition(canvases: Sequence[Canvas], rng: Rng) -> Pair:
-    """Which of two cells to name depends on the colour of a third."""
-    picture = _some_picture(rng)
-    asked, other = canvases[picture], canvases[1 - picture]
-    cell = _some_filled(asked, rng)
-    truth = _colour(asked, cell)
-    colour = truth if rng.random() < 0.5 else str(rng.choice([each for each in COLOURS if each != truth]))
-    yes, no = (int(each) for each in rng.permutation(len(CELLS))[:2])
-    question = (
-        f"is {CELLS[cell]} of the {PICTURES[picture]} {colour} ? yes : say {CELLS[yes]} , no : say {CELLS[no]} "
-        f"of the {PICTURES[1 - picture]} ."
-    )
-    holds = colour == truth
+def _ask_condition(both: Both, rng: Rng) -> Pair:
+    """Which of two cells of one picture to tell depends on the colour of a cell of the other."""
+    place = int(rng.integers(2))
+    cell = both.some_filled(place, rng)
+    truth = both.colour(cell)
+    holds = bool(rng.random() < 0.5)
+    colour = truth if holds else str(rng.choice([each for each in COLOURS if each != truth]))
+    yes, no = (int(each) + 9 * (1 - place) for each in rng.permutation(len(CELLS))[:2])
     chosen = yes if holds else no
-    return question, f"{truth} {'yes' if holds else 'no'} {CELLS[chosen]} {_digit(other, chosen)}"
+    question = f"is {ALL_CELLS[cell]} {colour} ? yes : say {ALL_CELLS[yes]} , no : say {ALL_CELLS[no]} ."
+    return question, f"{truth} {'yes' if holds else 'no'} {ALL_CELLS[chosen]} {both.digit(chosen)}"
 
 
-def _ask_all_colours(canvases: Sequence[Canvas], rng: Rng) -> Pair:
-    picture = _some_picture(rng)
-    answer = " ".join(f"{name} {_colour(canvases[picture], cell)}" for cell, name in enumerate(CELLS))
-    return f"which colours are in the {PICTURES[picture]} ?", answer
+def _ask_all_colours(both: Both, rng: Rng) -> Pair:
+    place = int(rng.integers(2))
+    cells = range(9 * place, 9 * place + 9)
+    answer = " ".join(f"{ALL_CELLS[cell]} {both.colour(cell)}" for cell in cells)
+    return f"which colours are in the {PICTURES[place]} ?", answer
 
 
-_ASK: dict[str, Callable[[Sequence[Canvas], Rng], Pair | None]] = {
-    "digits_in_code": _in_code([str(digit) for digit in range(10)], _digit, "digits"),
-    "colours_in_code": _in_code(list(COLOURS), _colour, "colours"),
+_ASK: dict[str, Callable[[Both, Rng], Pair | None]] = {
+    "digits_in_code": _in_code([str(digit) for digit in range(10)], Both.digit, "digits"),
+    "colours_in_code": _in_code(list(COLOURS), Both.colour, "colours"),
     "larger": _ask_larger,
     "sum": _ask_sum,
     "read": _ask_read,
@@ -116,15 +123,15 @@ def _picture(split: str, rng: Rng, place: int) -> Canvas:
 def _draw(split: str, index: int, seed: int, questions: int) -> list[Asked]:
     rng = np.random.default_rng([seed, SPLITS.index(split), index, len(PICTURES)])
     canvases = [_picture(split, rng, place) for place in range(len(PICTURES))]
-    images = tuple(canvas.image for canvas in canvases)
+    images, both = tuple(canvas.image for canvas in canvases), Both(canvases)
     asked: list[Asked] = []
     while len(asked) < questions:
         for kind in rng.permutation(list(_ASK)):
-            pair = _ASK[kind](canvases, rng)
+            pair = _ASK[kind](both, rng)
             if pair is not None and len(asked) < questions:
                 asked.append(Asked(images, *pair, kind=str(kind)))
     return asked
 
 
-_MORE_WORDS = (*PICTURES, "code", "say", ":", ".", *map(str, range(10, 19)), *CODE)
-JOB = Job("pairs", (*WORDS, *_MORE_WORDS), PICTURES, tuple(_ASK), 24, _picture, _draw)
+_MORE_WORDS = (*PICTURES, *MORE_ROWS, *ALL_CELLS[9:], "code", "say", ":", ".", *map(str, range(10, 19)), *CODE)
+JOB = Job("pairs", (*WORDS, *_MORE_WORDS), PICTURES, ALL_CELLS, tuple(_ASK), 24, _picture, _draw)
