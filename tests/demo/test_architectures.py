@@ -1,4 +1,4 @@
-"""The models that the training script makes: packed questions see what single ones see; each trains, is stored and skips."""
+"""The models that the training script makes: packed questions see what single ones see; each trains and is stored."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,11 @@ from demo_model.jobs.job import as_data
 from demo_model.packing import Packer
 from torch import Tensor, nn
 
-import modes_fx
 from modes_fx.data import load_samples, make_batches
 from modes_fx.demo.canvas import COLUMNS, Canvas, draw
 from modes_fx.demo.data import IGNORED
 from modes_fx.models.loading import load
 
-EVEN = {"qwen3_vl_moe": 1 / 8, "deepseek_v3": 2.5 / 6, "gpt_oss": 1 / 4}  # what a pair weighs, were all of a token's alike
 NAMES = pytest.mark.parametrize("name", list(ARCHITECTURES))
 
 
@@ -84,8 +82,7 @@ def test_what_trains_computes_and_differentiates_as_what_runs(name: str) -> None
 
 
 @NAMES
-@pytest.mark.usefixtures("without_inductor")
-def test_it_trains_and_is_stored_and_skips(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_trains_and_is_stored(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "VISION_IMAGES_PER_STEP", 4)
     monkeypatch.setattr(train, "GROUPS_PER_STEP", {"grid": 2, "pairs": 2})
     architecture, model, processor = build(name)
@@ -101,20 +98,15 @@ def test_it_trains_and_is_stored_and_skips(name: str, tmp_path: Path, monkeypatc
         for steps in (2, 1)
     )
     assert again < before
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    model.eval().save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     architecture.to_hub_form(tmp_path)
-    stored, stored_processor = load(str(tmp_path), dtype="float32")
+    stored, stored_processor = load(str(tmp_path))
     (batch,) = make_batches(as_data(job.draw("test", 0, 0, 2)), stored_processor, 2)
     is_real_BS = batch["attention_mask"] == 1
     with torch.inference_mode():
-        whole = stored(**batch, use_cache=False).logits[is_real_BS]
-        modes_fx.optimize(stored)
-        torch.testing.assert_close(stored(**batch, use_cache=False).logits[is_real_BS], whole, atol=1e-3, rtol=1e-3)
-        modes_fx.set_plan(stored, modes_fx.SkipPlan.uniform(text=EVEN[name], vision=EVEN[name]))
-        with modes_fx.stats(stored) as stats:
-            stored(**batch, use_cache=False)
-    assert 0.2 < stats.skip_ratio() < 0.9
+        found, wanted = (each(**batch, use_cache=False).logits[is_real_BS] for each in (stored, model))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 @NAMES
