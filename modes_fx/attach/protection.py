@@ -56,24 +56,40 @@ def watch_attention(layers: Sequence[MoeLayer], runtime: Runtime) -> tuple[list[
     Raises:
         ModelError: Attention is none that can be observed, or not here.
     """
-    blocks = list({id(layer.layer): layer.layer for layer in layers}.values())
-    found: Iterator[Any] = (getattr(module, "config", None) for block in blocks for module in block.modules())
-    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}.values()
-    named = [(config, config._attn_implementation) for config in configs]
-    others = sorted({str(name) for _, name in named if name != "sdpa"})
-    if others or not named:
-        raise ModelError(
-            f"A rule that protects tokens observes attention that runs as sdpa; this model's runs as {others or 'none'}. "
-            'Load it with attn_implementation="sdpa".'
-        )
-    if any(has_sharded_heads(layer.layer, layer.block) for layer in layers):
-        raise ModelError(
-            "A rule that protects tokens observes all attention heads, and here (tensor parallelism) each process sees some. "
-            "Choose a rule that protects none: naee."
-        )
+    if reason := why_unobserved(layers):
+        raise ModelError(reason)
+    blocks, named = _blocks(layers), _named(layers)
     for config, _ in named:
         config._attn_implementation = IMPLEMENTATION
     return [LayerWatch(block, runtime) for block in blocks], named
+
+
+def why_unobserved(layers: Sequence[MoeLayer]) -> str:
+    """Return why the attention of MoE layers cannot be observed, and what to do; nothing if it can."""
+    names = [name for _, name in _named(layers)]
+    others = sorted({str(name) for name in names if name != "sdpa"})
+    if others or not names:
+        return (
+            f"A rule that protects tokens observes attention that runs as sdpa; this model's runs as {others or 'none'}. "
+            'Load it with attn_implementation="sdpa", or, where its class has none, choose a rule that protects none: naee.'
+        )
+    if any(has_sharded_heads(layer.layer, layer.block) for layer in layers):
+        return (
+            "A rule that protects tokens observes all attention heads, and here (tensor parallelism) each process sees some. "
+            "Choose a rule that protects none: naee."
+        )
+    return ""
+
+
+def _blocks(layers: Sequence[MoeLayer]) -> list[nn.Module]:
+    return list({id(layer.layer): layer.layer for layer in layers}.values())
+
+
+def _named(layers: Sequence[MoeLayer]) -> list[tuple[Any, str]]:
+    """Return the configs of layers that name an attention implementation, and the name."""
+    found: Iterator[Any] = (getattr(module, "config", None) for block in _blocks(layers) for module in block.modules())
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}.values()
+    return [(config, config._attn_implementation) for config in configs]
 
 
 def observed_attention(

@@ -12,6 +12,7 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import nn
 
+from modes_fx.attach.protection import why_unobserved
 from modes_fx.calib import processes
 from modes_fx.calib.importance import Importance
 from modes_fx.calib.importance_journal import resumable_importance
@@ -33,8 +34,10 @@ from modes_fx.measure.compare.statistics import RoutingStatistics, routing_stati
 from modes_fx.measure.compare.tuning import Tuned, Tuner
 from modes_fx.modality import Phase
 from modes_fx.models.device import device_name
+from modes_fx.models.layers import find_moe_layers
 from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
 from modes_fx.plan import PlanPoint, SkipPlan
+from modes_fx.policies import RULES
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +106,8 @@ def compare(
         calibration: See ``Objective``.
         test: Other data, likewise.
         targets: Skip ratios in [0, 1].
-        rules: Names of contenders (``CONTENDERS``), or of registered keep-rules; None takes all of the phase.
+        rules: Names of contenders (``CONTENDERS``), or of registered keep-rules; None takes all of the phase that the model
+            can run.
         phase: ``"prefill"``: prompt and answer in one forward, at equal shares of pairs skipped. ``"decode"``: answers decoded
             step by step behind prompts that keep all, at equal shares of the distinct experts that the unskipped model reads
             and the rule does not (``DecodeObjective``).
@@ -119,7 +123,8 @@ def compare(
         progress: Told of each step.
 
     Raises:
-        CalibrationError: Unusable data, an argument out of range, several processes, or a journal of another kind.
+        CalibrationError: Unusable data, an argument out of range, several processes, a journal of another kind, or a rule that
+            observes attention where that cannot be.
         ModesFxError: An unknown rule, or the model cannot be optimised.
     """
     if phase not in get_args(Phase):
@@ -135,6 +140,7 @@ def compare(
         raise CalibrationError(f"Unknown mode {importance_mode!r} of the importance; known: {', '.join(get_args(Mode))}.")
     if grid_size < 2 or not tolerance >= 0:
         raise CalibrationError(f"A comparison needs grid_size >= 2 and tolerance >= 0; got {grid_size} and {tolerance}.")
+    chosen = _that_run(model, chosen, named=rules is not None)
     tune, held = _usable("calibration", calibration), _usable("test", test)
     records = records_of(model, tune, held, journal)
     if phase == "decode":
@@ -158,6 +164,18 @@ def compare(
     return Comparison(
         {"score": score}, len(correct), everything, match.stock, match.own, match.layers, known.importance, match.trials, phase
     )
+
+
+def _that_run(model: nn.Module, chosen: Mapping[str, Contender], *, named: bool) -> dict[str, Contender]:
+    """Return the contenders that a model can run; one that was asked for by name is never left out."""
+    layers, protecting = find_moe_layers(model), [name for name, one in chosen.items() if RULES[one.rule].protects]
+    reason = why_unobserved(layers) if layers and protecting else ""
+    if not reason:
+        return dict(chosen)
+    if named:
+        raise CalibrationError(f"{', '.join(protecting)}: {reason}")
+    logger.warning("left out: %s. %s", ", ".join(protecting), reason)
+    return {name: one for name, one in chosen.items() if name not in protecting}
 
 
 def _usable(name: str, batches: Iterable[Batch]) -> list[Batch]:

@@ -160,6 +160,16 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, Any], error: type[Exc
         compare(tiny.make(), **{"calibration": CALIBRATION, "test": TEST, **changes})
 
 
+def test_rules_that_a_model_cannot_run_are_left_out_unless_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.make()
+    model.set_attn_implementation("eager")  # all that GPT-OSS has
+    with pytest.raises(CalibrationError, match=r"mc_moe: .*runs as \['eager'\].*naee"):
+        compare(model, CALIBRATION, TEST, rules=("reduce_k", "mc_moe"))
+    with caplog.at_level("WARNING"), pytest.raises(CalibrationError, match="no test data"):
+        compare(model, CALIBRATION, [])
+    assert "left out: mc_moe. A rule that protects" in caplog.text
+
+
 @pytest.mark.usefixtures("without_inductor")
 def test_an_optimised_model_is_refused(vlm: nn.Module) -> None:
     with pytest.raises(CalibrationError, match="optimised already"):
