@@ -82,8 +82,8 @@ def table(job: str, found: Mapping[str, Mapping[str, Any]], targets: Sequence[fl
     for rule, title in titles.items():
         cells = []
         for column in columns:
-            row, best = rows[(rule, *column)], min(value for key, value in kl.items() if key[1:] == column)
-            cells.append(_cell(row, best))
+            row, best = rows.get((rule, *column)), min(value for key, value in kl.items() if key[1:] == column)
+            cells.append("does not run" if row is None else _cell(row, best))
         lines.append([title, *cells])
     scores = [f"{name}: {_mean(each['unskipped']['score'] for each in found[name]['models'].values()):.1%}" for name in names]
     heads = ["rule", *(f"{name}, {target:.1%}".replace(".0%", "%") for name, target in columns)]
