@@ -107,5 +107,5 @@ def test_kept_pairs_alone_are_computed(own: range, kept: float, monkeypatch: pyt
             gate, up = (w1[own.index(expert)] @ x[token]).chunk(2)
             wanted[token] += weights[token, rank] * (w2[own.index(expert)] @ (F.silu(gate) * up))
             per_expert[expert] += 1
-    torch.testing.assert_close(output, wanted)
+    torch.testing.assert_close(output, wanted, atol=1e-4, rtol=1e-4)  # sums in another order; a pair too few is of order 1
     assert kernels.blocks == [sum(-(-count // BLOCK) for count in per_expert.values())] * 2
