@@ -12,6 +12,7 @@ bold.
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -82,7 +83,10 @@ def table(job: str, found: Mapping[str, Mapping[str, Any]], targets: Sequence[fl
     for rule, title in titles.items():
         cells = []
         for column in columns:
-            row, best = rows.get((rule, *column)), min(value for key, value in kl.items() if key[1:] == column)
+            row, best = (
+                rows.get((rule, *column)),
+                min((value for key, value in kl.items() if key[1:] == column), default=math.nan),
+            )
             cells.append("does not run" if row is None else _cell(row, best))
         lines.append([title, *cells])
     scores = [f"{name}: {_mean(each['unskipped']['score'] for each in found[name]['models'].values()):.1%}" for name in names]

@@ -81,7 +81,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     started = time.monotonic()
     architecture, job = ARCHITECTURES[args.architecture], JOBS[args.job]
-    steps, vision_steps = args.steps or STEPS[job.name], args.vision_steps or architecture.vision_steps
+    steps = STEPS[job.name] if args.steps is None else args.steps
+    vision_steps = architecture.vision_steps if args.vision_steps is None else args.vision_steps
     processor = architecture.build_processor(job)
     model = architecture.build_model(processor, job).train()
     language = model.model.language_model
@@ -100,11 +101,12 @@ def main() -> None:
     validation = {each.name: _questions(each, "validation", 40, args.seed) for each in trained_for}
 
     def accuracy(network: nn.Module, questions: dict[str, list[Asked]]) -> dict:
-        found = {name: accuracy_by_kind(network, processor, asked) for name, asked in questions.items()}
-        return found["grid"] if len(found) == 1 else found
+        return _of_one({name: accuracy_by_kind(network, processor, asked) for name, asked in questions.items()})
 
     def report(step: int, losses: list[float]) -> None:
-        log["validation"][step] = accuracy(model, validation)
+        found = {name: accuracy_by_kind(model, processor, asked) for name, asked in validation.items()}
+        right = {name: {kind: score["accuracy"] for kind, score in each.items()} for name, each in found.items()}
+        log["validation"][step] = _of_one(right)
         log["losses"], log["seconds"] = thin(losses), round(time.monotonic() - started)
         logger.info("step %d, validation: %s", step, log["validation"][step])
         save(architecture, model, processor, log, args.out)
@@ -118,6 +120,11 @@ def main() -> None:
     log["seconds"] = round(time.monotonic() - started)
     save(architecture, model, processor, log, args.out)
     logger.info("test, bfloat16: %s; %d s", log["test_bfloat16"], log["seconds"])
+
+
+def _of_one(by_job: dict[str, dict]) -> dict:
+    """A model of one job has its numbers by kind alone."""
+    return next(iter(by_job.values())) if len(by_job) == 1 else by_job
 
 
 def _questions(job: Job, split: str, n_groups: int, seed: int) -> list[Asked]:

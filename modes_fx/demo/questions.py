@@ -8,7 +8,7 @@ from modes_fx.demo.canvas import CELLS, COLOURS, COLUMNS, ROWS, Canvas
 
 EMPTY = "empty"
 _WIDTH = len(COLUMNS)
-LINES = {f"row {name}": range(i * _WIDTH, (i + 1) * _WIDTH) for i, name in enumerate(ROWS)} | {
+_LINES = {f"row {name}": range(i * _WIDTH, (i + 1) * _WIDTH) for i, name in enumerate(ROWS)} | {
     f"column {name}": range(i, len(CELLS), _WIDTH) for i, name in enumerate(COLUMNS)
 }
 
@@ -38,7 +38,7 @@ def _some_cell(canvas: Canvas, rng: np.random.Generator) -> int:
 
 
 def _some_line(rng: np.random.Generator) -> tuple[str, range]:
-    return list(LINES.items())[rng.integers(len(LINES))]
+    return list(_LINES.items())[rng.integers(len(_LINES))]
 
 
 def _ask_digit(canvas: Canvas, rng: np.random.Generator) -> Pair:

@@ -182,7 +182,10 @@ def test_pairs_ask_what_their_pictures_show(monkeypatch: pytest.MonkeyPatch) -> 
 def test_written_questions_are_read_again(tmp_path: Path) -> None:
     import make_demo_data
 
-    path = make_demo_data.write("pairs", "calibration", 2, 0, tmp_path)
+    path = make_demo_data.write("pairs", "calibration", 2, 0, tmp_path / "new" / "questions")
+    with pytest.raises(SystemExit, match="holds something"):
+        make_demo_data.write("pairs", "calibration", 2, 1, path.parent)
+    assert [each.name for each in path.parent.parent.iterdir()] == ["questions"]
     samples = load_samples(path)
     wanted = [asked for group in JOBS["pairs"].groups("calibration", 2, 0, 8) for asked in group]
     assert [(each.question, each.answer) for each in samples] == [(each.question, each.answer) for each in wanted]
