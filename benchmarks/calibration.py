@@ -6,7 +6,9 @@ alpha: the importance of each layer by whole forwards, by resumed ones and by th
 before), forwards over the data, rank correlation with whole forwards, and the KL divergence, on other data, of the plans that
 follow from each.
 
-search, search100, processes: see ``calibration_search.py``.
+search, search100, processes: see ``calibration_search.py``. The first two take any model:
+
+    python benchmarks/calibration.py search --model DIR --data FILE --search-images 8
 """
 
 import argparse
@@ -78,6 +80,8 @@ def main() -> None:
     """Run the parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without any")
+    parser.add_argument("--model", help="another than the embedded one, in the parts search and search100; with --data")
+    parser.add_argument("--data", help="file of its samples")
     parser.add_argument("--images", type=int, default=12, help="images, with 8 questions each")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--targets", default="0.75,0.875", help="skip ratios to search for, comma-separated; '' for none")
@@ -90,9 +94,14 @@ def main() -> None:
     unknown = set(options.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    if (options.model is None) != (options.data is None):
+        parser.error("--model and --data go together")
+    if options.model and not (options.parts and set(options.parts) <= {"search", "search100"}):
+        parser.error("--model is for the parts search and search100: name them")
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(options.threads)
-    print(f"Embedded model, {options.dtype}, {options.threads} threads, {cpu_name()}, torch {torch.__version__}")
+    of = options.model or "Embedded model"
+    print(f"{of}, {options.dtype}, {options.threads} threads, {cpu_name()}, torch {torch.__version__}")
     tables = {}
     for part in options.parts or PARTS:
         tables[part] = rows = PARTS[part](options)

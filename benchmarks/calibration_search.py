@@ -23,7 +23,10 @@ from modes_fx.calib import FrontierResult, Importance, Objective, frontier_searc
 from modes_fx.calib.objective import optimized
 from modes_fx.calib.search import predicted_ratio, score_grid
 from modes_fx.calib.trials import thresholds
+from modes_fx.data import load_samples
+from modes_fx.data import make_batches as make_any_batches
 from modes_fx.demo import load, make_batches
+from modes_fx.models.loading import load as load_any
 
 Row = dict[str, Any]
 Function = Callable[[int, int], float]  # of the indices of a text and of a vision threshold
@@ -127,7 +130,7 @@ def compared(evaluate: Callable[[int, int], tuple[float, float]], columns: int, 
 
 
 class Measured:
-    """The embedded model's f and g on a grid of its own scores, at one gamma.
+    """A model's f and g on a grid of its own scores, at one gamma; the embedded one's without ``options.model``.
 
     Args:
         options: Of the command line.
@@ -136,8 +139,13 @@ class Measured:
 
     def __init__(self, options: argparse.Namespace, size: int) -> None:
         """Load, calibrate and compile the model."""
-        self._model, processor = load(getattr(torch, options.dtype))
-        batches = make_batches("calibration", options.search_images, processor, 8)
+        if options.model is None:
+            self._model, processor = load(getattr(torch, options.dtype))
+            batches: Any = make_batches("calibration", options.search_images, processor, 8)
+        else:
+            self._model, processor = load_any(options.model, dtype=options.dtype)
+            samples = load_samples(options.data, limit=8 * options.search_images)
+            batches = list(make_any_batches(samples, processor, 8))
         self._region = optimized(self._model)
         self._region.__enter__()
         self.importance = layer_importance(self._model, batches)

@@ -30,7 +30,7 @@ from modes_fx.models.loading import load
 logger = logging.getLogger("train_demo_model")
 
 LOG = "training_log.json"
-STEPS = {"grid": 1000, "pairs": 1200}
+STEPS = {"grid": 1000, "pairs": 1500}
 
 
 def save(architecture: Architecture, model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> None:
@@ -68,9 +68,9 @@ def main() -> None:
     parser.add_argument("--job", choices=list(JOBS), default="grid", help="pairs trains the grid's too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--vision-steps", type=int, help="steps of the vision tower alone; 600 or 1000 by architecture if left out"
+        "--vision-steps", type=int, help="steps of the vision tower alone; 600 or 1500 by architecture if left out"
     )
-    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 1200 for pairs, if left out")
+    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 1500 for pairs, if left out")
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
     args = parser.parse_args()
     check_is_ours(args.out)  # now, not when the work is done

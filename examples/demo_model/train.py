@@ -29,8 +29,8 @@ VISION_IMAGES_PER_STEP = 24
 # Both optimizers take steps of full size however weak the gradient: while the language model cannot look anything up
 # yet, they would walk the tower off what it has learned, and digits were never found again.
 FROZEN_TOWER_STEPS, TOWER_SCALE = 250, 0.3
-# The harder job starts from the plainer one, and keeps a third of it: looking up a cell of one picture is learned first.
-GRID_SHARE, GRID_EVERY = 0.3, 3
+# The harder job starts from the plainer one, and keeps a quarter of it: looking up a cell of one picture is learned first.
+GRID_SHARE, GRID_EVERY = 0.2, 4
 WARM_UP_STEPS, FLAT_SHARE = 20, 0.3
 CLIP_NORM = 1.0
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from modes_fx.plan import PlanPoint, SkipPlan, describe_model
 logger = logging.getLogger(__name__)
 
 GAMMAS = (0.0, 0.25, 0.5, 1.0)
+_CLOSE = 1.5  # times the least loss on the grids: points up to it are stepped down from
 _SPARED = 2  # evaluations kept from the time budget beside those that tighten the bounds: the one that runs, and a slow one
 
 
@@ -48,9 +50,9 @@ def search(
     """Find thresholds that reach each target skip ratio at the least KL divergence.
 
     A frontier search for each gamma over a ``grid_size`` x ``grid_size`` grid of the model's own scores
-    ``alpha**gamma * weight``: quantiles, so that each step skips about as much more as the one before. From the best point of
-    the grids it then steps down to the target itself (``refine``), until half a point above it or as near as the model's scores
-    allow, in at most a third more evaluations. The gamma is chosen on ``batches`` too; ``held_out`` is only measured.
+    ``alpha**gamma * weight``: quantiles, so that each step skips about as much more as the one before. From the best
+    points of the grids it then steps down to the target itself (``refine``), until half a point above it or as near as the
+    model's scores allow, in at most a third more evaluations. The gamma is chosen on ``batches`` too; ``held_out`` is only measured.
 
     Several processes (``accelerate launch``) each pass their share of the data, and all get the same plan.
 
@@ -104,7 +106,7 @@ def search(
         complete = len(results) == len(set(gammas)) and all(result.complete for result in results.values())
         on_grids = len(trials.made)
         if complete:
-            _refine(trials, routing, importance, chosen, grid_size, on_progress)
+            _refine(trials, routing, importance, targets, grid_size, on_progress)
         found = [(point.target, _nearest(trials, gamma, point)) for gamma, point in chosen if point is not None]
         if not found and complete:
             raise UnreachableError(f"No target of {list(targets)} can be reached on this data.")
@@ -233,34 +235,53 @@ def _refine(
     trials: Trials,
     routing: RoutingRecorder,
     importance: Importance,
-    chosen: Sequence[tuple[float, FrontierPoint | None]],
+    targets: Sequence[float],
     grid_size: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Try thresholds between the best point of each target and its neighbours on the grids."""
-    most = len(trials.made) + len(trials.made) // 3
-    for gamma, point in chosen:
-        if point is None:
-            continue
+    """Try thresholds between the good points of each target and their neighbours on the grids: first below the best of each."""
+    made = list(trials.made.values())
+    most = len(made) + len(made) // 3
+    starts = [[(target, start) for start in _starts(made, target)] for target in dict.fromkeys(targets)]
+    for target, start in filter(None, chain.from_iterable(zip_longest(*starts))):
 
-        def ratio(tau_text: float, tau_vision: float, gamma: float = gamma) -> float:
+        def ratio(tau_text: float, tau_vision: float, gamma: float = start.gamma) -> float:
             found = trials(gamma, tau_text, tau_vision).evaluation.skip_ratio
             if on_progress is not None:
                 on_progress(len(trials.made), most)
             return found
 
-        scores = _scores(routing, importance, gamma)
+        scores = _scores(routing, importance, start.gamma)
         step_down(
             ratio,
             predicted_ratio(scores),
-            (point.tau_text, point.tau_vision),
-            _grids(trials, gamma, scores, grid_size),
+            (start.tau_text, start.tau_vision),
+            _grids(trials, start.gamma, scores, grid_size),
             [values for values, _ in scores],
-            point.target,
+            target,
             lambda: len(trials.made) < most and not trials.out_of_time(_SPARED),
         )
     if on_progress is not None:
         on_progress(len(trials.made), len(trials.made))
+
+
+def _starts(made: Sequence[Trial], target: float) -> list[Trial]:
+    """Return what to step down from: the minimal points that reach a target at nearly the least loss, the best first.
+
+    Not the best alone: a grid oversteps a target by more at one point than at another, and what two of them lose may be equal
+    by that.
+    """
+    enough = [trial for trial in made if trial.evaluation.skip_ratio >= target]
+    close = min((trial.evaluation.kl for trial in enough), default=0.0) * _CLOSE
+
+    near = [trial for trial in enough if trial.evaluation.kl <= close]
+    near = [trial for trial in near if not any(_below(other, trial) for other in enough if other is not trial)]
+    return sorted(near, key=lambda trial: trial.evaluation.kl)
+
+
+def _below(one: Trial, other: Trial) -> bool:
+    """Return whether neither threshold of one trial is larger than another's of the same gamma."""
+    return one.gamma == other.gamma and one.tau_text <= other.tau_text and one.tau_vision <= other.tau_vision
 
 
 def _nearest(trials: Trials, gamma: float, point: FrontierPoint) -> Trial:

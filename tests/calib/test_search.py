@@ -13,7 +13,7 @@ from torch import nn
 
 import modes_fx
 from modes_fx.calib import Evaluation, FrontierPoint, Importance, Objective, Trial, search
-from modes_fx.calib.search import _nearest, score_grid
+from modes_fx.calib.search import _nearest, _starts, score_grid
 from modes_fx.calib.trials import data_hash
 from modes_fx.errors import CalibrationError, NotOptimizedError
 from modes_fx.optimize import optimized_state
@@ -94,6 +94,26 @@ def test_it_ends_where_it_was_sent_or_as_near_as_the_scores_allow(plan: SkipPlan
     on_grids = [trial.evaluation.skip_ratio for trial in trials[: -facts["refined"]]]
     nearest = [min(ratio for ratio in on_grids if ratio >= target) for target in TARGETS]
     assert sum(plan.point(target).realised["calibration"] for target in TARGETS) < sum(nearest)
+
+
+def test_it_steps_down_from_all_minimal_points_that_lose_about_the_least_and_the_best_comes_first() -> None:
+    def trial(gamma: float, text: float, vision: float, kl: float, ratio: float) -> Trial:
+        return Trial(gamma, text, vision, Evaluation(kl, ratio, ratio, ratio, 1.0))
+
+    best, other, of_another = (
+        trial(0.5, 0.2, 0.4, 1.00e-3, 0.53),
+        trial(0.5, 0.1, 0.6, 1.01e-3, 0.58),
+        trial(0, 0.1, 0.3, 1.4e-3, 0.5),
+    )
+    above, worse, missed = (
+        trial(0.5, 0.2, 0.5, 1.2e-3, 0.57),
+        trial(0.5, 0.0, 0.9, 2e-3, 0.51),
+        trial(0.5, 0.1, 0.4, 2e-4, 0.49),
+    )
+    made = [above, of_another, worse, other, missed, best]
+    assert _starts(made, 0.5) == [best, other, of_another]
+    assert _starts(made, 0.55) == [other, above]
+    assert _starts(made, 0.6) == []
 
 
 def test_what_ends_near_its_target_is_not_worse_than_the_best_of_the_grids() -> None:

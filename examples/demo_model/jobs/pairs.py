@@ -52,7 +52,7 @@ def _in_code(names: Sequence[str], tell: Callable[[Both, int], str], what: str) 
 
     def ask(both: Both, rng: Rng) -> Pair:
         words = dict(zip(names, map(str, rng.permutation(CODE)), strict=False))
-        book = " , ".join(f"{names[index]} is {words[names[index]]}" for index in rng.permutation(len(names)))
+        book = " , ".join(f"{names[index]} {words[names[index]]}" for index in rng.permutation(len(names)))
         row, cells = _row(rng)
         told = ((ALL_CELLS[cell], tell(both, cell)) for cell in cells)
         answer = " ".join(f"{name} {word} {words[word]}" if word in words else f"{name} {word}" for name, word in told)
