@@ -1,7 +1,5 @@
 """Settings that every test shares."""
 
-import gc
-import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,25 +10,15 @@ if shutil.which("nvidia-smi") is None:
 
 import pytest
 import torch
-import torch._dynamo.guards
-import torch._inductor.config
 from hypothesis import settings
 from torch import nn
 
 import modes_fx
-from tests import harness, tiny
+from tests import harness, quick_torch, tiny
 
 settings.register_profile("same", deadline=None, derandomize=True, database=None)  # the same examples every time
 settings.load_profile("same")
-torch.set_num_threads(1)
-# pytest listens to loggers that do not propagate, and torch writes a trace of every graph as soon as someone listens
-logging.getLogger("torch.__trace").propagate = True
-torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to start than the tiny kernels to compile
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # a time for the log, measured by emptying the processor's caches
-torch._dynamo.guards.get_verbose_code_part = lambda code, _: code  # a line of source for the log, for each guard
-torch._dynamo.config.log_compilation_metrics = False
-if hasattr(torch._dynamo.config, "side_effect_replay_policy"):  # not in 2.11
-    torch._dynamo.config.side_effect_replay_policy = "silent"  # else the stack of each side effect is formatted, for the log
+quick_torch.quicken()
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
     from tests import triton_interpreter
 
@@ -38,9 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported out of Python's searches for garbage: they would take a tenth of the time of all tests."""
-    gc.collect()
-    gc.freeze()
+    quick_torch.freeze_imports()
 
 
 @pytest.fixture(autouse=True)

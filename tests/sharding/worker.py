@@ -27,7 +27,7 @@ from modes_fx.calib import Objective, layer_importance
 from modes_fx.errors import ModesFxError
 from modes_fx.graph.backend import rewrite
 from modes_fx.plan import SkipPlan
-from tests import harness, oracle, tiny
+from tests import harness, oracle, quick_torch, tiny
 from tests.calib.conftest import with_answers
 from tests.policies.test_optimized import plan as plan_of_rule
 
@@ -290,7 +290,8 @@ def bare_backend() -> str:
 
 def main(group: str, rank: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
+    quick_torch.quicken()
+    quick_torch.freeze_imports()
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
         harness.compile_with(patch, harness.uncompiled)
