@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--job", choices=list(JOBS), default="grid", help="pairs trains the grid's too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--vision-steps", type=int, help="steps of the vision tower alone; 600 or 1500 by architecture if left out"
+        "--vision-steps",
+        type=int,
+        help="steps of the vision tower alone; 600 or 750 by architecture for each picture of the job if left out",
     )
     parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 1500 for pairs, if left out")
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
@@ -82,7 +84,7 @@ def main() -> None:
     started = time.monotonic()
     architecture, job = ARCHITECTURES[args.architecture], JOBS[args.job]
     steps = STEPS[job.name] if args.steps is None else args.steps
-    vision_steps = architecture.vision_steps if args.vision_steps is None else args.vision_steps
+    vision_steps = architecture.vision_steps * len(job.image_names) if args.vision_steps is None else args.vision_steps
     processor = architecture.build_processor(job)
     model = architecture.build_model(processor, job).train()
     language = model.model.language_model

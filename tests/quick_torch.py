@@ -14,15 +14,11 @@ def quicken() -> None:
     # pytest listens to loggers that do not propagate, and torch writes a trace of every graph as soon as someone listens
     logging.getLogger("torch.__trace").propagate = True
     torch._inductor.config.compile_threads = 1  # a pool of workers takes longer to start than the tiny kernels to compile
-    torch._dynamo.guards.profile_guard_manager = lambda *_: (
-        0.0
-    )  # a time for the log, by emptying caches
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0  # a time for the log, by emptying caches
     torch._dynamo.guards.get_verbose_code_part = lambda code, _: code  # a line of source for the log, for each guard
     torch._dynamo.config.log_compilation_metrics = False
     if hasattr(torch._dynamo.config, "side_effect_replay_policy"):  # not in 2.11
-        torch._dynamo.config.side_effect_replay_policy = (
-            "silent"  # else each one's stack is formatted
-        )
+        torch._dynamo.config.side_effect_replay_policy = "silent"  # else each one's stack is formatted
 
 
 def freeze_imports() -> None:

@@ -45,7 +45,7 @@ class Architecture:
         build_model: The untrained model in float32, for that processor and job.
         tower: The modules that turn pixels into visual tokens, in a trained order.
         visual_tokens: The visual tokens of the image processor's output, float [T, H], image by image, row by row.
-        vision_steps: Steps of the tower alone that it needs.
+        vision_steps: Steps of the tower alone that it needs for each of a job's pictures.
         experts_implementation: What computes the experts in training.
         attention_implementation: What computes the language model's attention in training.
         to_hub_form: Brings a saved checkpoint into the form that lies on the hub.
