@@ -55,7 +55,7 @@ class Variants:
     def __init__(self, options: argparse.Namespace) -> None:
         """Load model and data, and measure the importance of its layers."""
         self.targets, self.grid_size = sorted(options.targets), options.grid_size
-        self.model, processor = load(options.model)
+        self.model, processor = load(options.model, dtype="float32")
         sizes = (options.data, options.samples), (options.test_data, options.test_samples)
         self.tune, self.held = (
             list(make_batches(load_samples(path, limit=size), processor, options.batch_size)) for path, size in sizes

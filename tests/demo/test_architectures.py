@@ -15,7 +15,7 @@ from demo_model.packing import Packer
 from torch import Tensor, nn
 
 from modes_fx.data import load_samples, make_batches
-from modes_fx.demo.canvas import COLUMNS, Canvas, draw
+from modes_fx.demo.canvas import Canvas, draw
 from modes_fx.demo.data import IGNORED
 from modes_fx.models.loading import load
 
@@ -156,7 +156,6 @@ def test_pairs_ask_what_their_pictures_show(monkeypatch: pytest.MonkeyPatch) -> 
             assert [image.tobytes() for image in asked.images] == [canvas.image.tobytes() for canvas in shown]
             words, answer = asked.question.split(), asked.answer.split()
             named = [word for word in words if word in pairs.ALL_CELLS]
-            code = {word: words[place + 2] for place, word in enumerate(words) if words[place + 1 : place + 2] == ["is"]}
             if asked.kind in ("larger", "sum"):
                 digits = [digit_in(cell) for cell in named]
                 assert answer[:2] == digits
@@ -166,16 +165,13 @@ def test_pairs_ask_what_their_pictures_show(monkeypatch: pytest.MonkeyPatch) -> 
                 assert answer[0] == colour_in(named[0])
                 assert answer[1] == ("yes" if answer[0] == words[2] else "no")
                 assert answer[2:] == [named[1 if answer[1] == "yes" else 2], digit_in(answer[2])]
-            elif asked.kind == "read":
-                assert answer == [word for cell in named for word in (cell, digit_in(cell))]
             elif asked.kind == "all_colours":
                 cells = pairs.ALL_CELLS[:9] if "first" in words else pairs.ALL_CELLS[9:]
                 assert answer == [word for cell in cells for word in (cell, colour_in(cell))]
             else:
-                tell = digit_in if asked.kind == "digits_in_code" else colour_in
-                row = words[words.index("row") + 1]
-                told = [(f"{row}{column}", tell(f"{row}{column}")) for column in COLUMNS]
-                assert answer == [word for cell, seen in told for word in (cell, seen, code.get(seen)) if word is not None]
+                told = {"digits": (digit_in,), "colours": (colour_in,), "shown": (colour_in, digit_in)}[asked.kind]
+                assert len(named) == {"digits": 3, "colours": 6, "shown": 2}[asked.kind]
+                assert answer == [word for cell in named for word in dict.fromkeys((cell, *(tell(cell) for tell in told)))]
     assert kinds == set(pairs.JOB.kinds)
 
 

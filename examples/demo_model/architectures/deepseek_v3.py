@@ -33,8 +33,8 @@ _TEXT = {
     "num_key_value_heads": 4,
     "kv_lora_rank": 64,
     "q_lora_rank": None,
-    "qk_nope_head_dim": 24,  # with the 8 that are rotated as many as the values', as flash attention wants on a CPU
-    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,  # with those that are rotated as many as the values', as flash attention wants on a CPU
+    "qk_rope_head_dim": 16,
     "v_head_dim": 32,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
 }
@@ -69,7 +69,7 @@ ARCHITECTURE = Architecture(
     build_model=_build_model,
     tower=internvl.tower,
     visual_tokens=internvl.visual_tokens,
-    vision_steps=750,
+    vision_steps=1000,
     experts_implementation=BLOCKED,
     attention_implementation="sdpa",
     to_hub_form=internvl_to_hub_form,

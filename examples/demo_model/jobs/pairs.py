@@ -1,8 +1,7 @@
 """The harder job: two pictures, and questions whose text must be read as closely as they.
 
-The first picture, on a black ground, has the rows A to C, the second, on a grey one, D to F. Codes are drawn anew for each
-question, so that an answer in code is looked up in the text; other questions name cells of both pictures, calculate, choose by
-a condition, or ask for all nine cells of one.
+The first picture, on a black ground, has the rows A to C, the second, on a grey one, D to F. Questions name up to six cells of
+both pictures, to be told in the order of the text, calculate, choose by a condition, or ask for all nine cells of one.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,13 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from demo_model.jobs.job import Asked, Job
 
-from modes_fx.demo.canvas import CELLS, COLOURS, COLUMNS, DARK, ROWS, SPLITS, Canvas, draw
+from modes_fx.demo.canvas import CELLS, COLOURS, COLUMNS, DARK, SPLITS, Canvas, draw
 from modes_fx.demo.questions import EMPTY, WORDS
 
 PICTURES, GROUNDS = ("first", "second"), (DARK, (96, 144))
 MORE_ROWS = ("D", "E", "F")
 ALL_CELLS = (*CELLS, *(row + column for row in MORE_ROWS for column in COLUMNS))
-CODE = ("ba", "be", "bi", "bo", "bu", "da", "de", "di", "do", "du")
 Pair = tuple[str, str]
 Rng = np.random.Generator
 
@@ -37,26 +35,22 @@ class Both:
         """Its colour."""
         return self._colours[cell] or EMPTY
 
+    def shown(self, cell: int) -> str:
+        """Both."""
+        return EMPTY if self._digits[cell] is None else f"{self._colours[cell]} {self._digits[cell]}"
+
     def some_filled(self, place: int, rng: Rng) -> int:
         """A cell of one picture that holds a digit."""
         return int(rng.choice(self.filled[place]))
 
 
-def _row(rng: Rng) -> tuple[str, range]:
-    index = int(rng.integers(2 * len(ROWS)))
-    return f"row {(*ROWS, *MORE_ROWS)[index]}", range(3 * index, 3 * index + 3)
-
-
-def _in_code(names: Sequence[str], tell: Callable[[Both, int], str], what: str) -> Callable[[Both, Rng], Pair]:
-    """A row in a code that the question gives, in random order; each cell is named, told, and then said in code."""
+def _in_order(how_many: int, what: str, tell: Callable[[Both, int], str]) -> Callable[[Both, Rng], Pair]:
+    """Cells of either picture, in the order of the text; the answer names each before it tells of it."""
 
     def ask(both: Both, rng: Rng) -> Pair:
-        words = dict(zip(names, map(str, rng.permutation(CODE)), strict=False))
-        book = " , ".join(f"{names[index]} {words[names[index]]}" for index in rng.permutation(len(names)))
-        row, cells = _row(rng)
-        told = ((ALL_CELLS[cell], tell(both, cell)) for cell in cells)
-        answer = " ".join(f"{name} {word} {words[word]}" if word in words else f"{name} {word}" for name, word in told)
-        return f"code : {book} . say the {what} in {row} in code .", answer
+        cells = [int(cell) for cell in rng.permutation(len(ALL_CELLS))[:how_many]]
+        answer = " ".join(f"{ALL_CELLS[cell]} {tell(both, cell)}" for cell in cells)
+        return f"say {what} in {' , '.join(ALL_CELLS[cell] for cell in cells)} .", answer
 
     return ask
 
@@ -76,13 +70,6 @@ def _ask_sum(both: Both, rng: Rng) -> Pair:
     digits = [both.digit(cell) for cell in cells]
     question = f"how many are {ALL_CELLS[cells[0]]} and {ALL_CELLS[cells[1]]} ?"
     return question, f"{digits[0]} {digits[1]} {sum(map(int, digits))}"
-
-
-def _ask_read(both: Both, rng: Rng) -> Pair:
-    """Three cells of either picture, in the order of the text."""
-    cells = [int(cell) for cell in rng.permutation(len(ALL_CELLS))[:3]]
-    answer = " ".join(f"{ALL_CELLS[cell]} {both.digit(cell)}" for cell in cells)
-    return f"say {' , '.join(ALL_CELLS[cell] for cell in cells)} .", answer
 
 
 def _ask_condition(both: Both, rng: Rng) -> Pair:
@@ -106,11 +93,11 @@ def _ask_all_colours(both: Both, rng: Rng) -> Pair:
 
 
 _ASK: dict[str, Callable[[Both, Rng], Pair | None]] = {
-    "digits_in_code": _in_code([str(digit) for digit in range(10)], Both.digit, "digits"),
-    "colours_in_code": _in_code(list(COLOURS), Both.colour, "colours"),
+    "digits": _in_order(3, "the digits", Both.digit),
+    "colours": _in_order(6, "the colours", Both.colour),
+    "shown": _in_order(2, "what is shown", Both.shown),
     "larger": _ask_larger,
     "sum": _ask_sum,
-    "read": _ask_read,
     "condition": _ask_condition,
     "all_colours": _ask_all_colours,
 }
@@ -133,5 +120,5 @@ def _draw(split: str, index: int, seed: int, questions: int) -> list[Asked]:
     return asked
 
 
-_MORE_WORDS = (*PICTURES, *MORE_ROWS, *ALL_CELLS[9:], "code", "say", ":", ".", *map(str, range(10, 19)), *CODE)
+_MORE_WORDS = (*PICTURES, *MORE_ROWS, *ALL_CELLS[9:], "say", ":", ".", *map(str, range(10, 19)))
 JOB = Job("pairs", (*WORDS, *_MORE_WORDS), PICTURES, ALL_CELLS, tuple(_ASK), 24, _picture, _draw)
