@@ -52,7 +52,8 @@ def search(
     A frontier search for each gamma over a ``grid_size`` x ``grid_size`` grid of the model's own scores
     ``alpha**gamma * weight``: quantiles, so that each step skips about as much more as the one before. From the best
     points of the grids it then steps down to the target itself (``refine``), until half a point above it or as near as the
-    model's scores allow, in at most a third more evaluations. The gamma is chosen on ``batches`` too; ``held_out`` is only measured.
+    model's scores allow, in at most a third more evaluations. The gamma is chosen on ``batches`` too; ``held_out`` is only
+    measured.
 
     Several processes (``accelerate launch``) each pass their share of the data, and all get the same plan.
 
