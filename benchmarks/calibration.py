@@ -28,6 +28,7 @@ from modes_fx.calib import layer_importance, search
 from modes_fx.demo import load, make_batches
 from modes_fx.files.writing import write_atomically
 from modes_fx.models.device import cpu_name
+from modes_fx.models.locating import DEMO
 
 Row = dict[str, Any]
 METHODS = ("naive", "resumed", "estimate")
@@ -80,7 +81,9 @@ def main() -> None:
     """Run the parts and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all without any")
-    parser.add_argument("--model", help="another than the embedded one, in the parts search and search100; with --data")
+    parser.add_argument(
+        "--model", default=DEMO, help="another than the embedded one, in the parts search and search100; with --data"
+    )
     parser.add_argument("--data", help="file of its samples")
     parser.add_argument("--images", type=int, default=12, help="images, with 8 questions each")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -94,14 +97,13 @@ def main() -> None:
     unknown = set(options.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
-    if (options.model is None) != (options.data is None):
+    if (options.model == DEMO) != (options.data is None):
         parser.error("--model and --data go together")
-    if options.model and not (options.parts and set(options.parts) <= {"search", "search100"}):
+    if options.data and not (options.parts and set(options.parts) <= {"search", "search100"}):
         parser.error("--model is for the parts search and search100: name them")
     warnings.filterwarnings("ignore", category=UserWarning)
     torch.set_num_threads(options.threads)
-    of = options.model or "Embedded model"
-    print(f"{of}, {options.dtype}, {options.threads} threads, {cpu_name()}, torch {torch.__version__}")
+    print(f"{options.model}, {options.dtype}, {options.threads} threads, {cpu_name()}, torch {torch.__version__}")
     tables = {}
     for part in options.parts or PARTS:
         tables[part] = rows = PARTS[part](options)

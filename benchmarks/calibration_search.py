@@ -130,7 +130,7 @@ def compared(evaluate: Callable[[int, int], tuple[float, float]], columns: int, 
 
 
 class Measured:
-    """A model's f and g on a grid of its own scores, at one gamma; the embedded one's without ``options.model``.
+    """A model's f and g on a grid of its own scores, at one gamma.
 
     Args:
         options: Of the command line.
@@ -139,13 +139,11 @@ class Measured:
 
     def __init__(self, options: argparse.Namespace, size: int) -> None:
         """Load, calibrate and compile the model."""
-        if options.model is None:
-            self._model, processor = load(getattr(torch, options.dtype))
+        self._model, processor = load_any(options.model, dtype=options.dtype)
+        if options.data is None:
             batches: Any = make_batches("calibration", options.search_images, processor, 8)
         else:
-            self._model, processor = load_any(options.model, dtype=options.dtype)
-            samples = load_samples(options.data, limit=8 * options.search_images)
-            batches = list(make_any_batches(samples, processor, 8))
+            batches = list(make_any_batches(load_samples(options.data, limit=8 * options.search_images), processor, 8))
         self._region = optimized(self._model)
         self._region.__enter__()
         self.importance = layer_importance(self._model, batches)

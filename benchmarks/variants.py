@@ -31,11 +31,10 @@ from modes_fx.measure.compare.rows import measured
 from modes_fx.measure.compare.tuning import Tuner
 from modes_fx.models.loading import load
 from modes_fx.plan import PlanPoint, SkipPlan
-from modes_fx.policies import RULES, Rule, register
+from modes_fx.policies import Rule, register
 from modes_fx.policies.survivors import taking_over
 from modes_fx.policies.threshold import RULE, at_least_threshold
 
-Alpha = tuple[tuple[float, float], ...]
 Gammas = tuple[float, float]
 
 
@@ -124,8 +123,7 @@ def main() -> None:
     parser.add_argument("--grid-size", type=int, default=14)
     parser.add_argument("--journal", help="file that keeps each measurement")
     options = parser.parse_args()
-    if "taking_over" not in RULES:
-        register("taking_over", Rule(taken_over, RULE.keep_all, RULE.skip_all))
+    register("taking_over", Rule(taken_over, RULE.keep_all, RULE.skip_all))
     variants = Variants(options)
     same = variants.searched([(gamma, gamma) for gamma in GAMMAS])
     apart = variants.searched(list(itertools.product(GAMMAS, repeat=2)))

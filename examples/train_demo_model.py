@@ -116,7 +116,7 @@ def main() -> None:
     log["vision_losses"] = thin(train_vision(architecture, job, model, processor, vision_steps, args.seed), 20)
     report(steps, train_whole(architecture, job, model, processor, steps, args.seed, args.every, report))
 
-    # The weights as stored; computed in float32, since many processors take three times as long for bfloat16.
+    # The weights as stored; computed in float32: some processors take three times as long in bfloat16.
     stored, _ = load(str(args.out), dtype="float32", processor=processor)
     log["test_bfloat16"] = accuracy(stored, {each.name: _questions(each, "test", 200, 0) for each in trained_for})
     log["validation_bfloat16"] = accuracy(stored, validation)

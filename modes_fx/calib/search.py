@@ -243,8 +243,15 @@ def _refine(
     """Try thresholds between the good points of each target and their neighbours on the grids: first below the best of each."""
     made = list(trials.made.values())
     most = len(made) + len(made) // 3
+    scores_of = {gamma: _scores(routing, importance, gamma) for gamma in dict.fromkeys(trial.gamma for trial in made)}
+
+    def may_go_on() -> bool:
+        return len(trials.made) < most and not trials.out_of_time(_SPARED)
+
     starts = [[(target, start) for start in _starts(made, target)] for target in dict.fromkeys(targets)]
     for target, start in filter(None, chain.from_iterable(zip_longest(*starts))):
+        if not may_go_on():
+            break
 
         def ratio(tau_text: float, tau_vision: float, gamma: float = start.gamma) -> float:
             found = trials(gamma, tau_text, tau_vision).evaluation.skip_ratio
@@ -252,7 +259,7 @@ def _refine(
                 on_progress(len(trials.made), most)
             return found
 
-        scores = _scores(routing, importance, start.gamma)
+        scores = scores_of[start.gamma]
         step_down(
             ratio,
             predicted_ratio(scores),
@@ -260,7 +267,7 @@ def _refine(
             _grids(trials, start.gamma, scores, grid_size),
             [values for values, _ in scores],
             target,
-            lambda: len(trials.made) < most and not trials.out_of_time(_SPARED),
+            may_go_on,
         )
     if on_progress is not None:
         on_progress(len(trials.made), len(trials.made))
@@ -274,15 +281,14 @@ def _starts(made: Sequence[Trial], target: float) -> list[Trial]:
     """
     enough = [trial for trial in made if trial.evaluation.skip_ratio >= target]
     close = min((trial.evaluation.kl for trial in enough), default=0.0) * _CLOSE
-
     near = [trial for trial in enough if trial.evaluation.kl <= close]
-    near = [trial for trial in near if not any(_below(other, trial) for other in enough if other is not trial)]
+    near = [trial for trial in near if not any(_below(other, trial.gamma, trial) for other in enough if other is not trial)]
     return sorted(near, key=lambda trial: trial.evaluation.kl)
 
 
-def _below(one: Trial, other: Trial) -> bool:
-    """Return whether neither threshold of one trial is larger than another's of the same gamma."""
-    return one.gamma == other.gamma and one.tau_text <= other.tau_text and one.tau_vision <= other.tau_vision
+def _below(trial: Trial, gamma: float, point: Trial | FrontierPoint) -> bool:
+    """Return whether neither threshold of a trial is larger than a point's of the same gamma."""
+    return trial.gamma == gamma and trial.tau_text <= point.tau_text and trial.tau_vision <= point.tau_vision
 
 
 def _nearest(trials: Trials, gamma: float, point: FrontierPoint) -> Trial:
@@ -293,9 +299,8 @@ def _nearest(trials: Trials, gamma: float, point: FrontierPoint) -> Trial:
     """
 
     def is_near(trial: Trial) -> bool:
-        below = trial.gamma == gamma and trial.tau_text <= point.tau_text and trial.tau_vision <= point.tau_vision
         found = trial.evaluation
-        return found.skip_ratio <= point.target + TOLERANCE and (below or found.kl <= point.loss)
+        return found.skip_ratio <= point.target + TOLERANCE and (_below(trial, gamma, point) or found.kl <= point.loss)
 
     enough = [trial for trial in trials.made.values() if trial.evaluation.skip_ratio >= point.target]
     near = [trial for trial in enough if is_near(trial)]
