@@ -30,7 +30,7 @@ from modes_fx.models.loading import load
 logger = logging.getLogger("train_demo_model")
 
 LOG = "training_log.json"
-STEPS = {"grid": 1000, "pairs": 1500}
+STEPS = {"grid": 1000, "pairs": 2000}
 
 
 def save(architecture: Architecture, model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> None:
@@ -72,7 +72,7 @@ def main() -> None:
         type=int,
         help="steps of the vision tower alone; 600 or 1000 by architecture for each picture of the job if left out",
     )
-    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 1500 for pairs, if left out")
+    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 2000 for pairs, if left out")
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
     args = parser.parse_args()
     check_is_ours(args.out)  # now, not when the work is done
