@@ -57,26 +57,25 @@ def by_tokens(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, 
 def table(figures: Mapping[str, Any]) -> str:
     """Return what skipping costs and gains as a table in markdown, a column for each skip ratio."""
     kept, ours, theirs = (figures["quality"][name] for name in ("all kept", "modes-fx", "Reduce-k"))
-    times = by_tokens(figures["speed"]["rows"])
-    ratios = [row["skipped"] for row in next(iter(times.values()))]
     columns = [kept, *ours]
     lines = [
-        ["skipped, embedded model", *(f"{row['skipped']:.0%}" for row in columns)],
+        ["skipped", *(f"{row['skipped']:.0%}" for row in columns)],
         ["---"] * (1 + len(columns)),
-        ["questions answered right", *(f"{row['correct']:.1%}" for row in columns)],
-        ["KL from the unskipped model, nats", *(_short(row["kl"]) for row in columns)],
+        ["embedded model: questions answered right", *(f"{row['correct']:.1%}" for row in columns)],
+        ["embedded model: KL from the unskipped, nats", *(_short(row["kl"]) for row in columns)],
         [
             "Reduce-k there, at " + ", ".join(f"{row['skipped']:.1%}" for row in theirs),
             "",
             *(_short(row["kl"]) for row in theirs),
         ],
-        ["**skipped, layers of Qwen3-VL-30B-A3B**", *(f"**{ratio:.0%}**" for ratio in ratios), ""],
-        *(
-            [f"CPU: MoE block, {tokens:,} token{'s' * (tokens > 1)}", *(f"{row['of_fastest_stock']:.2f}" for row in mine), ""]
-            for tokens, mine in times.items()
-        ),
-        ["NVIDIA GPU", "not measured yet", *[""] * len(ratios)],
     ]
+    for tokens, rows in by_tokens(figures["speed"]["rows"]).items():
+        cells = [""] * len(columns)
+        for row in rows:
+            nearest = min(range(len(columns)), key=lambda index, row=row: abs(columns[index]["skipped"] - row["skipped"]))
+            cells[nearest] = f"{row['of_fastest_stock']:.2f}"
+        lines.append([f"CPU: MoE block, {tokens:,} token{'s' * (tokens > 1)}", *cells])
+    lines.append(["NVIDIA GPU", "not measured yet", *[""] * len(ours)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -47,8 +47,8 @@ def optimize(
     evaluation harnesses go on working. Optimising an optimised model starts anew.
 
     Args:
-        model: A Hugging Face model whose experts use transformers' dispatch (64 families do), or whose MoE blocks can be
-            converted to it (``modes_fx.models.convert``): these are for inference alone. Or ``torch.compile`` of one.
+        model: A Hugging Face model whose experts use transformers' dispatch, or whose MoE blocks can be converted to it
+            (``modes_fx.models.convert``): these are for inference alone. Or ``torch.compile`` of one.
         plan: A plan, or the path of one. None keeps every expert.
         target: Target skip ratio, one of ``plan.targets`` or any in ``plan.target_range``, see ``SkipPlan.point``; None takes
             the largest of ``plan.targets``.

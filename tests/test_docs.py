@@ -15,6 +15,7 @@ from torch import nn
 import modes_fx
 from benchmarks import chart
 from modes_fx.cli import app
+from modes_fx.measure.compare import CONTENDERS
 from tests import generated, tiny
 from tests.calib.conftest import with_answers, without_labels
 
@@ -40,11 +41,26 @@ def test_the_api_in_ten_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("without_inductor")
 def test_the_quickstart_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names = given(tiny.make())
-    for snippet in snippets((DOCS / "quickstart.md").read_text(encoding="utf-8")):
-        exec(snippet, names)  # each goes on from the one before
+    names = run_page("quickstart.md")
     assert names["stats"].skip_ratio() > 0
     assert modes_fx.report(names["model"]).found == 2
+
+
+@pytest.mark.usefixtures("without_inductor")
+def test_rules_for_few_tokens_run_as_shown() -> None:
+    names = run_page("few-tokens.md", plan=modes_fx.SkipPlan((modes_fx.plan.PlanPoint(0.875, 0.1, 0.2),)))
+    assert [names[name].rule for name in ("aware", "oea", "sere")] == ["batch_threshold", "oea", "sere"]
+    with modes_fx.stats(names["model"]) as stats:
+        names["model"].generate(**names["inputs"])
+    assert stats.experts_read()
+
+
+def run_page(name: str, **more: Any) -> dict[str, Any]:
+    """Run what a page shows, each snippet after the one before, and return all names."""
+    names = given(tiny.make()) | more
+    for snippet in snippets((DOCS / name).read_text(encoding="utf-8")):
+        exec(snippet, names)
+    return names
 
 
 def given(model: nn.Module) -> dict[str, Any]:
@@ -86,6 +102,12 @@ def test_the_site_has_the_reference_in_the_place_of_each_line() -> None:
     assert "\n::: modes_fx.optimize.optimize\n" in page
     assert "- `optimize(" not in page
     assert page.count("\n::: ") == generated.api().count("<!-- name: ")
+
+
+def test_every_rule_that_is_compared_is_explained() -> None:
+    page = (DOCS / "fidelity.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1:3] for line in page.split("| `--rules` |")[1].split("\n\n")[0].splitlines()[2:]]
+    assert {name for names, _ in table for name in re.findall(r"`(\w+)`", names)} == set(CONTENDERS)
 
 
 def test_the_version_is_told_alike() -> None:

@@ -34,7 +34,8 @@ class ModesFx(lmms):  # type: ignore[misc]
         model: An already loaded model instead, with its ``processor``; where it is optimised, it is left so.
         processor: One to use instead of the model's own.
         plan: Path of a plan (from Python, a ``SkipPlan`` too). None keeps every expert.
-        target: Target skip ratio, one of the plan's; None takes the largest.
+        target: Target skip ratio, in the plan's range; None takes the largest.
+        decode_target: The same for decode steps alone; None takes that of ``target``.
         optimize: False leaves the model as it is: the stock baseline.
         region: As for ``modes_fx.optimize``.
         dtype: Of the weights; ``"auto"`` takes the one they are stored in.
@@ -62,6 +63,7 @@ class ModesFx(lmms):  # type: ignore[misc]
         processor: Any = None,
         plan: Any = None,
         target: float | None = None,
+        decode_target: float | None = None,
         optimize: bool = True,
         region: Region = "moe",
         dtype: str = "auto",
@@ -80,7 +82,8 @@ class ModesFx(lmms):  # type: ignore[misc]
             raise ModesFxError("--model modes_fx runs as one process. Start it without torchrun or accelerate launch.")
         if (pretrained is None) == (model is None) or (model is not None and processor is None):
             raise ModesFxError("Pass either pretrained=, or model= and processor=.")
-        if not optimize and (plan is not None or target is not None):
+        skips = any(given is not None for given in (plan, target, decode_target))
+        if skips and not optimize:
             raise PlanError("A plan or a target needs the optimised model, but optimize=False asks for the stock one.")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ModesFxError(f"batch_size must be a positive number, got {batch_size!r}.")
@@ -93,8 +96,8 @@ class ModesFx(lmms):  # type: ignore[misc]
             )  # fmt: skip
             if device_map is None:
                 model.to(device or choose_device())
-        if optimize and (plan is not None or target is not None or live_stats(model) is None):
-            optimize_model(model, plan, target=target, region=region)
+        if optimize and (skips or live_stats(model) is None):
+            optimize_model(model, plan, target=target, decode_target=decode_target, region=region)
         self.model, self.processor = model, processor
         self.batch_size, self._max_new_tokens = int(batch_size), max_new_tokens
         self._frames = partial(frames_of, most=int(max_frames), pixels=int(frame_pixels))

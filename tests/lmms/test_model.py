@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 import modes_fx
 from modes_fx import ModesFxError, SkipPlan
@@ -11,6 +12,7 @@ from modes_fx.calib import Objective
 from modes_fx.demo import collate, make_samples
 from modes_fx.errors import PlanError
 from modes_fx.optimize import optimized_state
+from modes_fx.plan import PlanPoint
 from tests.lmms.conftest import answers
 
 RATIOS = {"avg_skip_ratio", *(f"avg_skip_ratio_{part}" for part in ("text", "vision", "prefill", "decode"))}
@@ -129,11 +131,12 @@ def test_arguments_that_do_not_go_together(wrap: Callable[..., Any], optimized: 
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_plan_file_and_its_target(wrap: Callable[..., Any], tmp_path: Any) -> None:
-    plan = SkipPlan.uniform(text=0.05, vision=0.15)
+def test_a_plan_file_and_its_targets(wrap: Callable[..., Any], tmp_path: Any) -> None:
+    plan = SkipPlan((PlanPoint(0.5, 0.01, 0.02), PlanPoint(0.75, 0.05, 0.15)))
     plan.save(tmp_path / "plan.json")
-    lm = wrap.create_from_arg_string(f"pretrained=demo,plan={tmp_path / 'plan.json'},region=layer,dtype=float32")
+    arguments = f"plan={tmp_path / 'plan.json'},target=0.75,decode_target=0.5,region=layer,dtype=float32"
+    lm = wrap.create_from_arg_string(f"pretrained=demo,{arguments}")
     report = modes_fx.report(lm.model)
     assert (report.region, len(report.rewritten), str(lm.model.dtype)) == ("layer", 8, "torch.float32")
-    (wanted,) = {tuple(row) for row in plan.bounds(8).tolist()}
-    assert {tuple(row) for row in optimized_state(lm.model).runtime.bounds_in_force.tolist()} == {wanted}
+    wanted = torch.stack([plan.bounds(8, target) for target in (0.75, 0.5)])
+    assert torch.equal(optimized_state(lm.model).runtime.bounds_in_force, wanted)
