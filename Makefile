@@ -19,7 +19,7 @@ LMMS   := lmms-eval==0.7.3
 THEIRS := .upstream
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-extras test-vllm test-newest test-upstream fuzz crash soak lint bench bench-full gpu-check coverage pages docs package lock clean
+.PHONY: help demo test test-wide test-all test-extras test-vllm test-newest test-upstream fuzz crash soak lint bench bench-full gpu-check coverage pages docs package lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -86,8 +86,11 @@ $(THEIRS)/.fetched: $(SYNC)
 demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluate, time (4 minutes)
 	$(BIN)/modes-fx demo --out out/demo
 
-test: $(SYNC)  ## run the tests
-	$(BIN)/python $(PYTEST) -m "not slow"
+test: $(SYNC)  ## run the tests (4 minutes on 2 cores)
+	$(BIN)/python $(PYTEST) -m "not slow and not wide"
+
+test-wide: $(SYNC)  ## run the tests that `make test` leaves out and CI does not: more cases, several processes, whole models
+	$(BIN)/python $(PYTEST) -m "wide and not slow"
 
 test-all: $(SYNC)  ## run the slow tests too: every family in every form
 	$(BIN)/python $(PYTEST)

@@ -191,6 +191,8 @@ def soak(
 ) -> Counter[str]:
     """Ask one model from several threads while its plan changes, every second if nothing else is said.
 
+    It ends after ``seconds``, but not before the plan changed twice and an answer was of one plan, however busy the machine.
+
     Returns:
         How many answers were of ``one`` plan or ``spanned`` a change, how many ``changes`` there were, and ``graphs made
         again`` (torch's guards fail now and then where other threads run; see ``attach.regions``).
@@ -219,7 +221,10 @@ def soak(
     began, memory = time.monotonic(), list[tuple[float, float]]()
     for thread in threads:
         thread.start()
-    while not done.wait(every) and (passed := time.monotonic() - began) < seconds:
+    while not done.wait(every):
+        passed = time.monotonic() - began
+        if passed >= seconds and counts["one"] and counts["changes"] >= 2:
+            break
         plans.change()
         counts["changes"] += 1
         if passed >= len(memory) * seconds / 12:

@@ -8,6 +8,7 @@ import pytest
 from tests import soak
 from tests.whole.case import CACHES, FAMILIES, REGIONS, RULES, Call, Case, Plan, Stage, pool
 from tests.whole.judge import Undecided
+from tests.wide import beyond
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # stock's own: nothing that transformers can be asked is left out here
@@ -15,7 +16,7 @@ pytestmark = [
 SEED, CASES = 373, 67
 
 
-@pytest.mark.parametrize("third", range(3))
+@pytest.mark.parametrize("third", beyond({"0"}, range(3), str))
 def test_two_hundred_cases_are_answered_as_the_oracle_does(third: int) -> None:
     found = soak.search_cases(pool(SEED)[3 * third : 3 * third + 3], CASES, SEED + third)
     undecided = {why: number for why, number in found.items() if why.startswith("undecided")}

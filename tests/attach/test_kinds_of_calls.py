@@ -10,6 +10,7 @@ from modes_fx.attach import regions
 from tests import tiny
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("without_inductor")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_all_kinds_of_calls_of_one_model_run() -> None:

@@ -43,6 +43,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("split", worker.SPLITS)
 def test_two_processes_find_what_one_finds(two: list[dict[str, Any]], one: dict[str, Any], split: str) -> None:
     found = two[0]["results"][split]
@@ -53,16 +54,19 @@ def test_two_processes_find_what_one_finds(two: list[dict[str, Any]], one: dict[
     torch.testing.assert_close(torch.tensor(found["points"]), torch.tensor(one["points"]), rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.wide
 def test_both_processes_hold_the_very_same_numbers(two: list[dict[str, Any]]) -> None:
     assert two[0] == two[1]
     assert two[0]["agreed"] == {"total": [1.0, 2.0], "gather": [0, 1]}
 
 
+@pytest.mark.wide
 def test_a_journal_spares_all_processes_every_evaluation(two: list[dict[str, Any]]) -> None:
     for found in two[0]["results"].values():
         assert found["from_journal"] == [found["evaluations"], 0]
 
 
+@pytest.mark.wide
 def test_what_one_process_cannot_use_is_an_error_on_both(two: list[dict[str, Any]]) -> None:
     for found in two:
         assert found["refusals"].keys() == {"nothing at all", "one without labels", "journal of other data"}
@@ -80,6 +84,7 @@ def test_without_a_group_there_is_one_process() -> None:
         processes.together(lambda: (_ for _ in ()).throw(CalibrationError("why")))
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("without_inductor")
 def test_a_search_that_is_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     journal = tmp_path / "journal.jsonl"

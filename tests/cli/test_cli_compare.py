@@ -56,6 +56,7 @@ def test_two_models_make_a_table_of_means_and_three_files(tmp_path: Path) -> Non
     assert float(lines[0]["metrics_kl"]) == facts["models"]["demo"]["rows"][0]["metrics"]["kl"]
 
 
+@pytest.mark.wide
 def test_decode_steps_have_a_table_of_experts(tmp_path: Path) -> None:
     rules = ("--rules", "oea", "--rules", "threshold", "--targets", "0.4")
     result = run("compare", "demo", "--phase", "decode", "--batch-size", "8", *rules, "--out", tmp_path)
@@ -146,6 +147,7 @@ def test_the_parts_of_the_method_have_a_table_of_their_own(capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.wide
 def test_data_in_files_and_a_journal(tmp_path: Path) -> None:
     folders = {part: question_folder(tmp_path / part, part) for part in ("calibration", "test")}
     command = (

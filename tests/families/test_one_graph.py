@@ -18,6 +18,7 @@ from tests.families.test_vision import ORACLE_DTYPE, told_by
 from tests.families.text import TEXT
 from tests.families.vision import VISION
 from tests.harness import logits, plan_of, relative_error
+from tests.wide import FAMILIES
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo", "without_inductor"),
@@ -25,12 +26,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # dynamo's own, in masks by vmap
 ]
 
-FEW = {"qwen3_moe", "qwen3_vl_moe", "deepseek_v3", "gpt_oss"}
 COMPUTED = [family for family in (*TEXT, *VISION) if not family.expected.startswith("rejected")]
 
 
 def cases() -> list[Any]:
-    return [pytest.param(f, id=f.name, marks=() if f.name in FEW else pytest.mark.slow) for f in COMPUTED]
+    """One in `make test`, one for each kind of router in `make test-wide`."""
+    marks = {name: () if name == "qwen3_vl_moe" else pytest.mark.wide for name in FAMILIES}
+    return [pytest.param(family, id=family.name, marks=marks.get(family.name, pytest.mark.slow)) for family in COMPUTED]
 
 
 class Rewriting:

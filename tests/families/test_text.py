@@ -13,6 +13,7 @@ from tests.families.blocks import assert_blocks_are_unchanged
 from tests.families.family import Family, outcome
 from tests.families.text import TEXT
 from tests.harness import logits, plan_of, relative_error
+from tests.wide import FAMILIES, beyond
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
@@ -21,7 +22,7 @@ ROUNDED = {"zaya"}  # stock's own float32 logits are 7e-6 off: two such rounding
 REWRITTEN = [family for family in TEXT if family.expected == "rewritten"]
 
 
-@pytest.mark.parametrize("family", REWRITTEN, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", beyond(FAMILIES, REWRITTEN, lambda family: family.name))
 def test_family_is_rewritten_and_skips_what_the_oracle_skips(family: Family) -> None:
     stock, inputs = family.build(), family.inputs()
     model, unskipped = copy.deepcopy(stock), logits(stock, inputs)

@@ -115,6 +115,7 @@ def test_its_identity_changes_with_every_source(monkeypatch: pytest.MonkeyPatch)
         assert hook._sources.__wrapped__() != before
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("rules")
 def test_another_rule_does_not_get_a_cached_graph() -> None:
     inputs, found = tiny.text_batch(), []

@@ -18,6 +18,7 @@ from modes_fx.plan import SkipPlan
 from tests import harness, oracle, tiny
 from tests.harness import logits, relative_error
 from tests.models.convert.cases import CASES
+from tests.wide import beyond
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -32,7 +33,7 @@ FAMILIES = {"qwen3_moe": tiny.text_batch, "qwen3_vl_moe": lambda: tiny.mixed_bat
 GENERATES_CODE = {"qwen3_vl_moe"}  # for the text model, Inductor's code of such a graph runs in the next test
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=beyond({"qwen3_vl_moe"}, FAMILIES, str))
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -92,6 +93,7 @@ def test_generate_compiles_a_static_cache_into_one_graph_that_computes_kept_pair
     assert len(hooked) == 1
 
 
+@pytest.mark.wide
 @WITHOUT_INDUCTOR
 def test_skipped_experts_leave_no_trace_in_a_static_caches_graph() -> None:
     model, inputs = tiny.make("qwen3_moe"), tiny.text_batch()
@@ -116,11 +118,11 @@ def test_skipped_experts_leave_no_trace_in_a_static_caches_graph() -> None:
     "how",
     [
         {"fullgraph": True},
-        {"dynamic": True, "fullgraph": True},
-        {"mode": "max-autotune-no-cudagraphs"},
         {"backend": "eager", "fullgraph": True},
-        {"backend": "aot_eager", "fullgraph": True},
-        {"backend": "modes_fx", "fullgraph": True},
+        pytest.param({"dynamic": True, "fullgraph": True}, marks=pytest.mark.wide),
+        pytest.param({"mode": "max-autotune-no-cudagraphs"}, marks=pytest.mark.wide),
+        pytest.param({"backend": "aot_eager", "fullgraph": True}, marks=pytest.mark.wide),
+        pytest.param({"backend": "modes_fx", "fullgraph": True}, marks=pytest.mark.wide),
     ],
     ids=str,
 )
@@ -211,7 +213,7 @@ ORDERS: list[Callable[[nn.Module], Any]] = [
 
 
 @WITHOUT_INDUCTOR
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", beyond({"compiled_after", "compiled_before"}, ORDERS, lambda order: order.__name__))
 def test_in_whatever_order_the_pairs_that_the_oracle_drops_are_skipped(order: Callable[[nn.Module], Any]) -> None:
     ids = tiny.text_batch()["input_ids"]
     text_model = tiny.make("qwen3_moe")
@@ -277,6 +279,7 @@ def test_converted_blocks_skip_in_an_outer_graph_too(case: str) -> None:
     assert stats.pairs_kept.equal(alone.pairs_kept)
 
 
+@pytest.mark.wide
 @WITHOUT_INDUCTOR
 @pytest.mark.parametrize("strict", [True, False])
 def test_an_exported_model_holds_its_thresholds(strict: bool) -> None:
@@ -295,6 +298,7 @@ def test_an_exported_model_holds_its_thresholds(strict: bool) -> None:
     assert relative_error(expected, stock, inputs["input_ids"] >= 0) > 1e-3
 
 
+@pytest.mark.wide
 @WITHOUT_INDUCTOR
 def test_a_model_compiled_ahead_of_time_holds_its_thresholds(tmp_path: Path) -> None:
     model, inputs = tiny.one_layer(), tiny.text_batch()
@@ -319,6 +323,7 @@ def test_modes_that_see_every_operation_see_the_thresholds() -> None:
     assert (actual - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.wide
 @WITHOUT_INDUCTOR
 def test_sizes_and_phases_end_in_a_few_graphs() -> None:
     model = modes_fx.optimize(tiny.make("qwen3_moe"), PLAN)

@@ -42,6 +42,7 @@ def stack() -> Any:
     return build("tiny", 2)
 
 
+@pytest.mark.wide
 @pytest.mark.usefixtures("without_inductor")
 def test_the_command_measures_every_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -92,6 +93,7 @@ def check_ratios(rows: list[dict[str, Any]]) -> None:
             assert (row["skip"], row["skipped"]) == (0, 0)
 
 
+@pytest.mark.wide
 def test_overhead_lies_between_two_clocks_of_compiled_code() -> None:
     found = parts.run(Options(preset="tiny", parts=("overhead",), threads=(1,), layers=1, cache=2, rounds=1))
     assert [each.region for each in found.overhead] == ["moe", "model"]

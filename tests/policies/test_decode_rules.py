@@ -143,6 +143,7 @@ def test_they_are_about_decode_steps_alone() -> None:
     assert [name for name, rule in RULES.items() if rule.reroute] == ["sere"]
 
 
+@pytest.mark.wide
 def test_generated_code_moves_pairs_alike() -> None:
     rule, draw = RULES["sere"], torch.Generator().manual_seed(0)
     weights, ids = torch.rand(9, 32, generator=draw).softmax(1).topk(4)

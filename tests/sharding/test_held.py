@@ -9,6 +9,8 @@ from tests.policies.test_optimized import plan as plan_of_rule
 from tests.sharding import worker
 from tests.sharding.judging import Found, assert_counts_add_up, assert_same, check_of, judged
 
+pytestmark = pytest.mark.wide  # several processes
+
 GROUP = "held"
 
 

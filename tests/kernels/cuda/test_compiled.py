@@ -22,6 +22,7 @@ def said_by(module: str, *arguments: str) -> Any:
     return json.loads(said.stdout)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("sizes", ["table", pytest.param("tried", marks=pytest.mark.slow)])
 def test_no_program_spills_registers_or_takes_more_shared_memory_than_its_card_has(sizes: str) -> None:
     programs = said_by("tests.kernels.cuda.compiled", sizes)
@@ -33,6 +34,7 @@ def test_no_program_spills_registers_or_takes_more_shared_memory_than_its_card_h
         assert program["shared"] <= SHARED[tuple(program["capability"])], program
 
 
+@pytest.mark.wide
 def test_inductor_sees_the_programs_and_the_sizes_to_try() -> None:
     traced = said_by("tests.kernels.cuda.traced")
     tried = {"one": [1, 1, 1, 1, 1, 1], "several": [1, 5, 5, 1, 3, 3]}  # that differ, for these few columns

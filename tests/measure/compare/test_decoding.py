@@ -71,6 +71,7 @@ def test_it_measures_what_an_eager_model_does_step_by_step(vlm: nn.Module) -> No
     assert objective.scores(torch.full((2, 2), math.inf)).skip_ratio == {"all": 1.0, "decode": 1.0}
 
 
+@pytest.mark.wide
 def test_rules_are_compared_at_equal_numbers_of_experts_read(vlm: nn.Module) -> None:
     rules = ("oea", "sere", "batch_threshold", "batch_tempered", "reduce_k")
     found = compare(vlm, CALIBRATION, TEST, (0.2, 0.9), rules, phase="decode", tolerance=0.05)

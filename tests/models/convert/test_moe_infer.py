@@ -84,6 +84,7 @@ def test_batches_of_many_sizes_end_in_a_few_graphs() -> None:
     assert modes_fx.report(model).graphs == graphs
 
 
+@pytest.mark.wide
 def test_inductors_code_gives_the_oracles_logits() -> None:
     bounds = random_bounds(CASE, INPUTS, seed=1)
     oracle = Oracle(CASE, bounds)
