@@ -27,6 +27,7 @@ def _little_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "120")
 
 
+@pytest.mark.wide
 def test_two_models_make_a_table_of_means_and_three_files(tmp_path: Path) -> None:
     result = run("compare", "demo", CHECKPOINT, "--out", tmp_path, *SMALL)
     assert result.exit_code == 0, result.output

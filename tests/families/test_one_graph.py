@@ -30,9 +30,8 @@ COMPUTED = [family for family in (*TEXT, *VISION) if not family.expected.startsw
 
 
 def cases() -> list[Any]:
-    """One in `make test`, one for each kind of router in `make test-wide`."""
-    marks = {name: () if name == "qwen3_vl_moe" else pytest.mark.wide for name in FAMILIES}
-    return [pytest.param(family, id=family.name, marks=marks.get(family.name, pytest.mark.slow)) for family in COMPUTED]
+    marks = {True: pytest.mark.wide, False: pytest.mark.slow}
+    return [pytest.param(family, id=family.name, marks=marks[family.name in FAMILIES]) for family in COMPUTED]
 
 
 class Rewriting:

@@ -118,7 +118,7 @@ def test_skipped_experts_leave_no_trace_in_a_static_caches_graph() -> None:
     "how",
     [
         {"fullgraph": True},
-        {"backend": "eager", "fullgraph": True},
+        pytest.param({"backend": "eager", "fullgraph": True}, marks=pytest.mark.wide),
         pytest.param({"dynamic": True, "fullgraph": True}, marks=pytest.mark.wide),
         pytest.param({"mode": "max-autotune-no-cudagraphs"}, marks=pytest.mark.wide),
         pytest.param({"backend": "aot_eager", "fullgraph": True}, marks=pytest.mark.wide),

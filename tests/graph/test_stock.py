@@ -202,6 +202,7 @@ def test_unknown_settings_of_inductor_are_refused(how: dict[str, object]) -> Non
         run(tiny.make("qwen3_moe"), how, input_ids=tiny.text_batch(1, 4)["input_ids"])
 
 
+@pytest.mark.wide
 def test_modes_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, object]] = []
 

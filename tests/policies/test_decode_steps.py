@@ -12,6 +12,7 @@ from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies.oea import open_tables
 from modes_fx.policies.sere import primary_tables
 from tests import harness, oracle, tiny
+from tests.wide import beyond
 
 pytestmark = pytest.mark.usefixtures("without_inductor")
 
@@ -70,7 +71,7 @@ class Judge:
             experts.register_forward_pre_hook(hook(layer))
 
 
-@pytest.mark.parametrize("region", ["moe", "model"])
+@pytest.mark.parametrize("region", beyond({"moe"}, ["moe", "model"], str))
 @pytest.mark.parametrize("rule", RULES)
 def test_a_model_decodes_as_the_oracle_and_new_levels_compile_nothing(vlm: nn.Module, rule: str, region: Any) -> None:
     levels = {"oea": (1.0, 2.0), "sere": (1e9, 0.8)}[rule]

@@ -11,9 +11,10 @@ from modes_fx.plan import SkipPlan
 from tests import harness, tiny
 from tests.harness import logits, plan_of, relative_error
 from tests.models.convert.cases import CASES, Case, Oracle, random_bounds
+from tests.wide import beyond
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=beyond({"deepseek", "qwen3_vl", "llama4", "dbrx"}, CASES, str))
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
