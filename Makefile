@@ -86,7 +86,7 @@ $(THEIRS)/.fetched: $(SYNC)
 demo: $(SYNC)  ## skip experts in the embedded model: calibrate, search, evaluate, time (4 minutes)
 	$(BIN)/modes-fx demo --out out/demo
 
-test: $(SYNC)  ## run the tests (4 minutes on 2 cores)
+test: $(SYNC)  ## run the tests (4 minutes on 2 cores, 5 the first time)
 	$(BIN)/python $(PYTEST) -m "not slow and not wide"
 
 test-wide: $(SYNC)  ## run the tests that `make test` leaves out and CI does not: more cases, several processes, whole models
