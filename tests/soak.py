@@ -191,7 +191,8 @@ def soak(
 ) -> Counter[str]:
     """Ask one model from several threads while its plan changes, every second if nothing else is said.
 
-    It ends after ``seconds``, but not before the plan changed twice and an answer was of one plan, however busy the machine.
+    It ends after ``seconds``, but not before the plan changed twice and, once it stays as it is, an answer was of one plan:
+    however busy the machine.
 
     Returns:
         How many answers were of ``one`` plan or ``spanned`` a change, how many ``changes`` there were, and ``graphs made
@@ -223,13 +224,15 @@ def soak(
         thread.start()
     while not done.wait(every):
         passed = time.monotonic() - began
-        if passed >= seconds and counts["one"] and counts["changes"] >= 2:
+        if passed >= seconds and counts["changes"] >= 2:
             break
         plans.change()
         counts["changes"] += 1
         if passed >= len(memory) * seconds / 12:
             memory.append((passed, resident_mib()))
             tell(f"{passed:.0f} s: {memory[-1][1]:.0f} MiB, {counts['one']} answers of one plan, {counts['changes']} changes")
+    while not counts["one"] and not done.wait(every):
+        pass
     done.set()
     for thread in threads:
         thread.join()
