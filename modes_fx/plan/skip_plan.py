@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -156,8 +157,10 @@ class SkipPlan:
             target: Skip ratio in [0, 1]; None is the largest of ``targets``.
 
         Raises:
-            PlanError: The plan has no such target.
+            PlanError: The plan has no such target, or it is no number.
         """
+        if target is not None and not isinstance(target, Real):
+            raise PlanError(f"A target is a skip ratio in [0, 1], got {target!r}.")
         if target is None:
             return max(self.points, key=lambda point: -1.0 if point.target is None else point.target)
         for point in self.points:

@@ -213,6 +213,11 @@ def test_more_may_be_said_of_how_a_plan_was_made(plan: SkipPlan) -> None:
     assert dataclasses.replace(said, provenance=plan.provenance) == plan
 
 
+def test_a_target_that_is_no_number_is_refused(plan: SkipPlan) -> None:
+    with pytest.raises(PlanError, match=r"skip ratio in \[0, 1\], got 'high'"):
+        plan.bounds(3, "high")  # type: ignore[arg-type]
+
+
 def test_an_unknown_target_is_refused_with_the_known_ones(plan: SkipPlan) -> None:
     with pytest.raises(PlanError, match=r"0\.6.*0\.5, 0\.875\.$"):
         dataclasses.replace(plan, frontier=()).point(0.6)
