@@ -3,9 +3,10 @@
     python benchmarks/routers.py [--architectures ...] [--jobs grid pairs] [--seeds 0 1 2] [--targets 0.5 0.75 0.875]
         [--rules ...] [--grid-size 14] [--at-once 2] [--out out/routers]
 
-For each architecture and seed a model is trained for both jobs (``examples/train_demo_model.py``, half an hour to an hour
-on one thread); then ``modes-fx compare`` tunes every rule on 96 questions of each job and measures it on 512 others, where the means
-over seeds and their intervals are its own. What is in OUT already is not done again, so that a run that was cut off goes on.
+For each architecture and seed a model is trained for both jobs (``examples/train_demo_model.py``, half an hour to an hour on
+one thread); then ``modes-fx compare`` tunes every rule on 96 questions of each job and measures it on 512 others, where the
+means over seeds and their intervals are its own. What is in OUT already is not done again, so that a run that was cut off
+goes on.
 The page, ``OUT/routers.md``, has one table for each job: KL in nats an answer token with its interval, the least of each column
 bold.
 """
