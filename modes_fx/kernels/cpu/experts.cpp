@@ -1,11 +1,11 @@
 // GEMMs of experts over the rows of their kept pairs. Shapes: T tokens, K experts a token, E experts, R rows (kept pairs in
 // expert order), D inner, N outer size. Weights [E, N, D] are read as they lie in memory, each once for all rows of its expert.
 //
-// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packed weights; rows are copied, a chunk at a
-// time. Threads share the columns of every expert evenly, whatever the routing, and none writes where another does.
+// Both operands run along D, so a tile of ROWS x COLUMNS dot products needs no packed weights, nor do matrix units; rows are
+// copied, a chunk at a time. Threads share the columns of every expert evenly, whatever the routing, and none writes where
+// another does.
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/_grouped_mm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/zeros.h>
@@ -13,12 +13,15 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#include "matrix_units.h"
 
 namespace {
 
@@ -36,6 +39,7 @@ constexpr int kBytes = 16;
 constexpr int kLanes = kBytes / 4;
 constexpr int kRows = 6, kColumns = 4;  // of a tile: 24 accumulators in 32 registers
 constexpr int64_t kChunk = 96;             // rows of one expert that stay in the L2 cache while its weights pass by
+constexpr int64_t kChunkOfUnits = 128;     // the same of matrix units
 constexpr int64_t kBytesAhead = 16 * 4096;
 
 typedef float Vec __attribute__((vector_size(kBytes)));
@@ -114,10 +118,15 @@ struct Experts {
   const T* weight;
   int64_t expert_stride, column_stride, experts, columns, inner;
   const int64_t* offsets;  // [E + 1], of each expert's rows
+  bool on_units;           // see matrix_units.h
 
-  // Call row_of(r) for the start of row r, and take(r, n, values, count) for its products with columns n, n + 1, ...
-  template <typename RowOf, typename Take>
-  void run(int64_t begin, int64_t end, const RowOf& row_of, const Take& take) const {
+  // Multiply rows, of which row_of(r) is the start, with columns begin to end.
+  template <typename RowOf, typename To>
+  void run(int64_t begin, int64_t end, const RowOf& row_of, const To& to) const {
+#if defined(MODES_FX_MATRIX_UNITS)
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (on_units) return run_on_units(begin, end, row_of, to);
+#endif
     int64_t pitch = inner + kBytes / sizeof(T);  // no power of 2, at which rows would drive each other out of the caches
     std::unique_ptr<T[]> rows(new T[pitch * std::min(offsets[experts], kChunk)]);
     for (int64_t e = 0; e < experts; ++e) {
@@ -130,27 +139,49 @@ struct Experts {
         for (int64_t n = begin; n < end; n += width) {
           for (int64_t block = 0; block < blocks; ++block) {
             int64_t low = count * block / blocks, high = count * (block + 1) / blocks;
-            strip(int(high - low), e, &rows[low * pitch], pitch, first + low, n, std::min(n + width, end), take);
+            strip(int(high - low), e, &rows[low * pitch], pitch, first + low, n, std::min(n + width, end), to);
           }
         }
       }
     }
   }
 
-  template <typename Take>
-  void strip(int height, int64_t e, const T* rows, int64_t pitch, int64_t r, int64_t n, int64_t end, const Take& take) const {
+#if defined(MODES_FX_MATRIX_UNITS)
+  template <typename RowOf, typename To>
+  void run_on_units(int64_t begin, int64_t end, const RowOf& row_of, const To& to) const {
+    using namespace matrix_units;
+    InUse units;
+    int64_t most = std::min((offsets[experts] + kSide - 1) / kSide * kSide, kChunkOfUnits);
+    std::unique_ptr<T, decltype(&std::free)> rows(static_cast<T*>(std::aligned_alloc(64, most * inner * sizeof(T))), std::free);
+    for (int64_t e = 0; e < experts; ++e) {
+      int64_t total = offsets[e + 1] - offsets[e], chunks = (total + kChunkOfUnits - 1) / kChunkOfUnits;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        int64_t first = offsets[e] + total * chunk / chunks, count = offsets[e] + total * (chunk + 1) / chunks - first;
+        pack(count, inner, [&](int64_t r) { return row_of(first + r); }, rows.get());
+        for (int64_t n = begin, width; n < end; n += width) {
+          width = std::min(end - n, 2 * kSide);
+          const T* strip = weight + e * expert_stride + n * column_stride;
+          multiply_strip(strip, column_stride, width, rows.get(), count, inner, first, n, to);
+        }
+      }
+    }
+  }
+#endif
+
+  template <typename To>
+  void strip(int height, int64_t e, const T* rows, int64_t pitch, int64_t r, int64_t n, int64_t end, const To& to) const {
     switch (height) {
-      case 1: return strip_of<1>(e, rows, pitch, r, n, end, take);
-      case 2: return strip_of<2>(e, rows, pitch, r, n, end, take);
-      case 3: return strip_of<3>(e, rows, pitch, r, n, end, take);
-      case 4: return strip_of<4>(e, rows, pitch, r, n, end, take);
-      case 5: return strip_of<5>(e, rows, pitch, r, n, end, take);
-      default: return strip_of<6>(e, rows, pitch, r, n, end, take);
+      case 1: return strip_of<1>(e, rows, pitch, r, n, end, to);
+      case 2: return strip_of<2>(e, rows, pitch, r, n, end, to);
+      case 3: return strip_of<3>(e, rows, pitch, r, n, end, to);
+      case 4: return strip_of<4>(e, rows, pitch, r, n, end, to);
+      case 5: return strip_of<5>(e, rows, pitch, r, n, end, to);
+      default: return strip_of<6>(e, rows, pitch, r, n, end, to);
     }
   }
 
-  template <int ROWS, typename Take>
-  void strip_of(int64_t e, const T* rows, int64_t pitch, int64_t r, int64_t n, int64_t end, const Take& take) const {
+  template <int ROWS, typename To>
+  void strip_of(int64_t e, const T* rows, int64_t pitch, int64_t r, int64_t n, int64_t end, const To& to) const {
     constexpr int across = ROWS == 1 ? 1 : kColumns;
     float out[ROWS][kColumns];
     while (n < end) {
@@ -158,37 +189,75 @@ struct Experts {
       const T* column = weight + e * expert_stride + n * column_stride;
       if (count == across) tile<T, ROWS, across>(rows, pitch, column, column_stride, inner, out);
       else tile<T, ROWS, 1>(rows, pitch, column, column_stride, inner, out);
-      for (int i = 0; i < ROWS; ++i) take(r + i, n, out[i], count);
+      for (int i = 0; i < ROWS; ++i) to.put(r + i, n, out[i], count);
       n += count;
     }
   }
 
-  template <typename RowOf, typename Take>
-  void share(const RowOf& row_of, const Take& take) const {
+  template <typename RowOf, typename To>
+  void share(const RowOf& row_of, const To& to) const {
     int threads = at::get_num_threads();
-    int64_t tiles = (columns + kColumns - 1) / kColumns;
+    int64_t side = on_units ? 16 : kColumns, tiles = (columns + side - 1) / side;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int part = 0; part < threads; ++part)
-      run(std::min(columns, tiles * part / threads * kColumns), std::min(columns, tiles * (part + 1) / threads * kColumns),
-          row_of, take);
+      run(std::min(columns, tiles * part / threads * side), std::min(columns, tiles * (part + 1) / threads * side), row_of, to);
   }
 };
 
 template <typename T>
-Experts<T> experts_of(const Tensor& weight, const Tensor& offsets) {
-  return {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), weight.size(0),
-          weight.size(1),             weight.size(2),   offsets.const_data_ptr<int64_t>()};
+bool suits_units(int64_t columns, int64_t inner) {
+#if defined(MODES_FX_MATRIX_UNITS)
+  return std::is_same_v<T, BFloat16> && matrix_units::fit(columns, inner);
+#else
+  return false;
+#endif
 }
+
+template <typename T>
+Experts<T> experts_of(const Tensor& weight, const Tensor& offsets) {
+  int64_t columns = weight.size(1), inner = weight.size(2);
+  return {weight.const_data_ptr<T>(), weight.stride(0), weight.stride(1), weight.size(0), columns, inner,
+          offsets.const_data_ptr<int64_t>(), suits_units<T>(columns, inner)};
+}
+
+// Where products go: at(r, n) is the place of row r and column n, put(r, n, values, count) leaves those from n on there.
+template <typename T>
+struct Rows {
+  T* out;
+  int64_t columns;
+  const T* bias;
+  T* at(int64_t r, int64_t n) const { return out + r * columns + n; }
+  void put(int64_t r, int64_t n, const float* values, int count) const {
+    T* to = at(r, n);
+    if (bias) {
+      for (int j = 0; j < count; ++j) to[j] = T(values[j] + float(bias[n + j]));
+      return;
+    }
+#if defined(MODES_FX_AVX512) && defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<T, BFloat16>)
+      if (count == 16) return _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values)));
+#endif
+    for (int j = 0; j < count; ++j) to[j] = T(values[j]);
+  }
+};
+
+struct Totals {
+  float* const* tokens;
+  const float* weights;
+  float* at(int64_t r, int64_t n) const { return tokens[r] + n; }
+  void put(int64_t r, int64_t n, const float* __restrict values, int count) const {
+    float* __restrict to = at(r, n);
+    float weight = weights[r];
+    for (int j = 0; j < count; ++j) to[j] += weight * values[j];
+  }
+};
 
 template <typename T>
 void multiply_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const Experts<T>& experts, T* out,
                    const T* bias = nullptr) {
   const T* from = x.const_data_ptr<T>();
   experts.share([=, stride = x.stride(0)](int64_t r) { return from + (pairs ? pairs[r] / top_k : r) * stride; },
-                [=, columns = experts.columns](int64_t r, int64_t n, const float* values, int count) {
-                  for (int j = 0; j < count; ++j)
-                    out[r * columns + n + j] = T(bias ? values[j] + float(bias[n + j]) : values[j]);
-                });
+                Rows<T>{out, experts.columns, bias});
 }
 
 template <typename T>
@@ -197,23 +266,7 @@ void combine_rows(const Tensor& x, const int64_t* pairs, int64_t top_k, const fl
   const T* from = x.const_data_ptr<T>();
   std::vector<float*> tokens(x.size(0));
   for (size_t r = 0; r < tokens.size(); ++r) tokens[r] = out + pairs[r] / top_k * experts.columns;
-  experts.share([=, stride = x.stride(0)](int64_t r) { return from + r * stride; },
-                [=, tokens = tokens.data()](int64_t r, int64_t n, const float* values, int count) {
-                  for (int j = 0; j < count; ++j) tokens[r][n + j] += weights[r] * values[j];
-                });
-}
-
-// AMX wants weights packed, which these kernels do not do: from so many rows an expert, on average, oneDNN packs as it goes.
-#if defined(__AMX_BF16__)
-constexpr int64_t kRowsForMatrixUnits = 16;
-bool suits_matrix_units(const Tensor& x, int64_t rows, int64_t experts) {
-  return x.scalar_type() == at::kBFloat16 && rows >= kRowsForMatrixUnits * experts;
-}
-#else
-bool suits_matrix_units(const Tensor&, int64_t, int64_t) { return false; }
-#endif
-Tensor grouped_mm(const Tensor& x, const Tensor& weight, const Tensor& offsets) {
-  return at::_grouped_mm(x, weight.transpose(1, 2), offsets.slice(0, 1).to(at::kInt));
+  experts.share([=, stride = x.stride(0)](int64_t r) { return from + r * stride; }, Totals{tokens.data(), weights});
 }
 
 Tensor along_rows(const Tensor& x) { return x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(); }
@@ -259,8 +312,6 @@ std::tuple<Tensor, Tensor> sort_pairs(const Tensor& keep, const Tensor& expert_i
 Tensor linear(const Tensor& x, const std::optional<Tensor>& pairs, int64_t top_k, const Tensor& weight, const Tensor& offsets) {
   check(x, pairs ? *pairs : x, weight, offsets);
   int64_t rows = (pairs ? *pairs : x).size(0);
-  if (rows && suits_matrix_units(x, rows, weight.size(0)))
-    return grouped_mm(pairs ? x.index_select(0, pairs->floor_divide(top_k)) : x, weight, offsets);
   Tensor given = along_rows(x), out = at::empty({rows, weight.size(1)}, x.options());
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -275,9 +326,6 @@ Tensor linear_combine(const Tensor& x, const Tensor& pairs, int64_t top_k, const
   check(x, pairs, weight, offsets);
   TORCH_CHECK(x.size(0) == pairs.size(0), "x has ", x.size(0), " rows for ", pairs.size(0), " pairs");
   Tensor out = at::zeros({tokens, weight.size(1)}, x.options().dtype(at::kFloat));
-  if (x.size(0) && suits_matrix_units(x, x.size(0), weight.size(0)))
-    return out.index_add_(0, pairs.floor_divide(top_k),
-                          grouped_mm(x, weight, offsets).to(at::kFloat).mul_(row_weights.unsqueeze(1)));
   Tensor given = along_rows(x), weights = row_weights.contiguous();
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
@@ -302,7 +350,8 @@ Tensor dense(const Tensor& x, const Tensor& weight, const std::optional<Tensor>&
   Tensor out = at::empty(shape, x.options());
   for_dtype(x, [&](auto zero) {
     using T = decltype(zero);
-    Experts<T> whole{weight.const_data_ptr<T>(), 0, weight.stride(0), 1, columns, inner, offsets};
+    bool on_units = suits_units<T>(columns, inner);
+    Experts<T> whole{weight.const_data_ptr<T>(), 0, weight.stride(0), 1, columns, inner, offsets, on_units};
     multiply_rows<T>(given, nullptr, 1, whole, out.mutable_data_ptr<T>(), bias ? added.const_data_ptr<T>() : nullptr);
   });
   return out;

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from importlib import resources
 
 from modes_fx.errors import no_compiler
@@ -26,6 +27,13 @@ def load(file: str) -> None:
 
     logger.info("kernels of %s: compiled for this processor, unless Inductor's cache has them (20 s, once a machine)", file)
     try:
-        CppCodeCache.load(resources.files("modes_fx.kernels.cpu").joinpath(file).read_text())
+        CppCodeCache.load(_source(file))
     except (InvalidCxxCompiler, CppCompileError) as error:
         raise no_compiler(error) from error
+
+
+def _source(file: str) -> str:
+    """Return a source with our headers written into it, since the cache knows it by its text."""
+    folder = resources.files("modes_fx.kernels.cpu")
+    source = folder.joinpath(file).read_text()
+    return re.sub(r'#include "(\w+\.h)"', lambda found: folder.joinpath(found[1]).read_text(), source)

