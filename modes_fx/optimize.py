@@ -65,8 +65,9 @@ def optimize(
         dynamic: As for ``torch.compile``, for regions: whether sizes may vary from the first graph on. None: from their first
             change on.
         options: Inductor's settings, as for ``torch.compile``, for regions; they go before the mode's.
-        prepack: Whether to pack the experts' bfloat16 weights for oneDNN's matrix kernels, which use AMX, and to turn weights
-            that are stored transposed along the dimension in which kernels read; one by one, in the place of the originals.
+        prepack: Whether to turn weights of experts that are stored transposed along the dimension in which kernels on a CPU
+            read, and to pack other bfloat16 ones for oneDNN's matrix kernels (no gain with AMX; docs/speed.md says where there
+            is one); one by one, in the place of the originals.
             ``state_dict`` and ``save_pretrained`` give the weights as they were, and ``restore`` puts them back; until then
             other models cannot share packed ones, and they cannot be changed.
 
