@@ -151,9 +151,9 @@ def search(
 def score_grid(scores: Tensor, counts: Tensor, size: int) -> list[float]:
     """Return ascending thresholds: 0, inner quantiles, and one above every score, in smaller steps the more they skip.
 
-    Skipping changes later scores, so that a step may skip more than its share of the unskipped ones. The last of equal steps can
-    take a sixth of a modality's pairs at once, with the best choices in between. Here the share left is the 1.5th power of the
-    part of the grid left: the last of 13 steps takes 2%, where equal ones take 8%.
+    Skipping changes later scores, so that a step may skip more than its share of the unskipped ones. The last of equal steps
+    can take a sixth of a modality's pairs at once, with the best choices in between. Here the share left is the 1.5th power of
+    the part of the grid left: the last of 13 steps takes 2%, where equal ones take 8%.
 
     Args:
         scores: float64 [n] of ``alpha**gamma * weight``, ascending, each the middle of a bin; see ``RoutingRecorder``.
