@@ -1,7 +1,9 @@
-"""Would the rule lose less in another form? Tempered thresholds beside two variants of theirs, on a trained model.
+"""Would the rule lose less in another form? Tempered thresholds beside three variants of theirs, on a trained model.
 
     python benchmarks/variants.py MODEL --data A --test-data B [--targets 0.5 0.75 0.875] [--grid-size 14] [--journal FILE]
+        [--forms ...]
 
+- equal steps: thresholds are searched for on a grid whose steps skip equal shares of the unskipped scores.
 - gammas apart: the exponent of the importance is searched for text and for vision tokens each, 16 pairs instead of 4.
 - taking over: the weights that a token keeps are scaled to the sum of all of its (as in NAEE), under the thresholds found for
   the rule itself, scaled until they skip as much.
@@ -11,19 +13,21 @@ keeps each measurement, so that a run that was cut off goes on; it may serve sev
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 from tabulate import tabulate
 
 import modes_fx
 from modes_fx.calib import Importance
 from modes_fx.calib.importance_journal import resumable_importance
-from modes_fx.calib.search import GAMMAS, search
+from modes_fx.calib.search import CROWDING, GAMMAS, search
 from modes_fx.calib.trials import short_hash
 from modes_fx.data import load_samples, make_batches
 from modes_fx.measure.compare.measurements import Measurements, records_of
@@ -36,6 +40,8 @@ from modes_fx.policies.survivors import taking_over
 from modes_fx.policies.threshold import RULE, at_least_threshold
 
 Gammas = tuple[float, float]
+FORMS = ("tempered", "equal steps", "gammas apart", "taking over")
+search_module = importlib.import_module("modes_fx.calib.search")  # the package has the function by this name
 
 
 def taken_over(weights_TK: Any, bound_T: Any) -> Any:
@@ -64,16 +70,17 @@ class Variants:
         self.alpha = resumable_importance(self.model, self.tune, "reference", journal=self.records).alpha
         self.unskipped = self._measurements().on_test("", None)
 
-    def searched(self, pairs: Sequence[Gammas]) -> dict[float, tuple[Gammas, SkipPlan]]:
+    def searched(self, pairs: Sequence[Gammas], crowding: float = CROWDING) -> dict[float, tuple[Gammas, SkipPlan]]:
         """Return, for each target, the exponents of least loss and the plan found for them; its own exponent is 1."""
         best: dict[float, tuple[float, Gammas, SkipPlan]] = {}
         for gammas in pairs:
             powers = tuple((text ** gammas[0], vision ** gammas[1]) for text, vision in self.alpha)
             importance = Importance(powers, powers, "reference", 0)
-            records = self.records.under("search", short_hash(json.dumps(powers).encode()))
-            found = search(
-                self.model, self.tune, importance, self.targets, gammas=(1.0,), grid_size=self.grid_size, journal=records
-            )
+            records = self.records.under("search", short_hash(json.dumps([powers, crowding]).encode()))
+            with patch.object(search_module, "CROWDING", crowding):
+                found = search(
+                    self.model, self.tune, importance, self.targets, gammas=(1.0,), grid_size=self.grid_size, journal=records
+                )
             for point in found.points:
                 loss = point.kl["calibration"]
                 if point.target is not None and loss < best.get(point.target, (math.inf,))[0]:
@@ -122,13 +129,18 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.75, 0.875])
     parser.add_argument("--grid-size", type=int, default=14)
     parser.add_argument("--journal", help="file that keeps each measurement")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="all if left out")
     options = parser.parse_args()
     register("taking_over", Rule(taken_over, RULE.keep_all, RULE.skip_all))
     variants = Variants(options)
     same = variants.searched([(gamma, gamma) for gamma in GAMMAS])
-    apart = variants.searched(list(itertools.product(GAMMAS, repeat=2)))
-    table = [*variants.rows("tempered", same), *variants.rows("gammas apart", apart)]
-    table += variants.rows("taking over", same, "taking_over")
+    table = [*variants.rows("tempered", same)]
+    if "equal steps" in options.forms:
+        table += variants.rows("equal steps", variants.searched([(gamma, gamma) for gamma in GAMMAS], crowding=1.0))
+    if "gammas apart" in options.forms:
+        table += variants.rows("gammas apart", variants.searched(list(itertools.product(GAMMAS, repeat=2))))
+    if "taking over" in options.forms:
+        table += variants.rows("taking over", same, "taking_over")
     heads = ["rule", "target", "gamma (text, vision)", "KL, calibration", "KL, test", "skipped, test"]
     print(tabulate(sorted(table, key=lambda row: float(row[1].rstrip("%"))), heads, tablefmt="github", disable_numparse=True))
 

@@ -29,7 +29,9 @@ from modes_fx.plan import PlanPoint, SkipPlan, describe_model
 logger = logging.getLogger(__name__)
 
 GAMMAS = (0.0, 0.25, 0.5, 1.0)
-_CROWDING = 1.5  # exponent of ``score_grid``; 1 is equal steps
+CROWDING = 1.5
+"""Exponent of ``score_grid``: how much closer its thresholds lie where more is skipped; 1 makes steps equal."""
+
 _CLOSE = 1.5  # times the least loss on the grids: points up to it are stepped down from
 _SPARED = 2  # evaluations kept from the time budget beside those that tighten the bounds: the one that runs, and a slow one
 
@@ -162,7 +164,7 @@ def score_grid(scores: Tensor, counts: Tensor, size: int) -> list[float]:
     """
     if not len(scores):
         return [0.0]
-    levels = 1 - torch.linspace(1, 0, size, dtype=torch.float64)[1:-1] ** _CROWDING
+    levels = 1 - torch.linspace(1, 0, size, dtype=torch.float64)[1:-1] ** CROWDING
     below = counts.cumsum(0)
     inner = scores[torch.searchsorted(below.double() / below[-1], levels)].tolist()
     top = float(torch.nextafter(scores[-1].float() * (1 + 2**-7), torch.tensor(torch.inf)))  # the end of its bin
