@@ -70,17 +70,28 @@ class Variants:
         self.alpha = resumable_importance(self.model, self.tune, "reference", journal=self.records).alpha
         self.unskipped = self._measurements().on_test("", None)
 
-    def searched(self, pairs: Sequence[Gammas], crowding: float = CROWDING) -> dict[float, tuple[Gammas, SkipPlan]]:
+    def searched(self, crowding: float = CROWDING) -> dict[float, tuple[Gammas, SkipPlan]]:
+        """Return, for each target, the exponents that ``search`` chooses, and the plan."""
+        importance = Importance(self.alpha, self.alpha, "reference", 0)
+        records = self.records.under("search", short_hash(json.dumps([self.alpha, crowding]).encode()))
+        with patch.object(search_module, "CROWDING", crowding):
+            found = search(self.model, self.tune, importance, self.targets, grid_size=self.grid_size, journal=records)
+        return {
+            point.target: ((point.gamma, point.gamma), SkipPlan((replace(point, target=None),), self.alpha))
+            for point in found.points
+            if point.target is not None
+        }
+
+    def searched_apart(self, pairs: Sequence[Gammas]) -> dict[float, tuple[Gammas, SkipPlan]]:
         """Return, for each target, the exponents of least loss and the plan found for them; its own exponent is 1."""
         best: dict[float, tuple[float, Gammas, SkipPlan]] = {}
         for gammas in pairs:
             powers = tuple((text ** gammas[0], vision ** gammas[1]) for text, vision in self.alpha)
             importance = Importance(powers, powers, "reference", 0)
-            records = self.records.under("search", short_hash(json.dumps([powers, crowding]).encode()))
-            with patch.object(search_module, "CROWDING", crowding):
-                found = search(
-                    self.model, self.tune, importance, self.targets, gammas=(1.0,), grid_size=self.grid_size, journal=records
-                )
+            records = self.records.under("search", short_hash(json.dumps(powers).encode()))
+            found = search(
+                self.model, self.tune, importance, self.targets, gammas=(1.0,), grid_size=self.grid_size, journal=records
+            )
             for point in found.points:
                 loss = point.kl["calibration"]
                 if point.target is not None and loss < best.get(point.target, (math.inf,))[0]:
@@ -133,12 +144,12 @@ def main() -> None:
     options = parser.parse_args()
     register("taking_over", Rule(taken_over, RULE.keep_all, RULE.skip_all))
     variants = Variants(options)
-    same = variants.searched([(gamma, gamma) for gamma in GAMMAS])
+    same = variants.searched()
     table = [*variants.rows("tempered", same)]
     if "equal steps" in options.forms:
-        table += variants.rows("equal steps", variants.searched([(gamma, gamma) for gamma in GAMMAS], crowding=1.0))
+        table += variants.rows("equal steps", variants.searched(crowding=1.0))
     if "gammas apart" in options.forms:
-        table += variants.rows("gammas apart", variants.searched(list(itertools.product(GAMMAS, repeat=2))))
+        table += variants.rows("gammas apart", variants.searched_apart(list(itertools.product(GAMMAS, repeat=2))))
     if "taking over" in options.forms:
         table += variants.rows("taking over", same, "taking_over")
     heads = ["rule", "target", "gamma (text, vision)", "KL, calibration", "KL, test", "skipped, test"]
