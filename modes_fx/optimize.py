@@ -66,8 +66,8 @@ def optimize(
             change on.
         options: Inductor's settings, as for ``torch.compile``, for regions; they go before the mode's.
         prepack: Whether to turn weights of experts that are stored transposed along the dimension in which kernels on a CPU
-            read, and to pack other bfloat16 ones for oneDNN's matrix kernels (no gain with AMX; docs/speed.md says where there
-            is one); one by one, in the place of the originals.
+            read, and to pack other bfloat16 ones for oneDNN's matrix kernels (little gain with AMX; docs/speed.md says where
+            there is one); one by one, in the place of the originals.
             ``state_dict`` and ``save_pretrained`` give the weights as they were, and ``restore`` puts them back; until then
             other models cannot share packed ones, and they cannot be changed.
 
