@@ -40,7 +40,7 @@ from modes_fx.policies.survivors import taking_over
 from modes_fx.policies.threshold import RULE, at_least_threshold
 
 Gammas = tuple[float, float]
-FORMS = ("tempered", "equal steps", "gammas apart", "taking over")
+FORMS = ("equal steps", "gammas apart", "taking over")
 search_module = importlib.import_module("modes_fx.calib.search")  # the package has the function by this name
 
 
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", type=float, default=[0.5, 0.75, 0.875])
     parser.add_argument("--grid-size", type=int, default=14)
     parser.add_argument("--journal", help="file that keeps each measurement")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="all if left out")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="beside tempered; all if left out")
     options = parser.parse_args()
     register("taking_over", Rule(taken_over, RULE.keep_all, RULE.skip_all))
     variants = Variants(options)

@@ -197,7 +197,7 @@ struct Experts {
   template <typename RowOf, typename To>
   void share(const RowOf& row_of, const To& to) const {
     int threads = at::get_num_threads();
-    int64_t side = on_units ? 16 : kColumns, tiles = (columns + side - 1) / side;
+    int64_t side = on_units ? matrix_units::kSide : kColumns, tiles = (columns + side - 1) / side;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int part = 0; part < threads; ++part)
       run(std::min(columns, tiles * part / threads * side), std::min(columns, tiles * (part + 1) / threads * side), row_of, to);
@@ -206,11 +206,7 @@ struct Experts {
 
 template <typename T>
 bool suits_units(int64_t columns, int64_t inner) {
-#if defined(MODES_FX_MATRIX_UNITS)
   return std::is_same_v<T, BFloat16> && matrix_units::fit(columns, inner);
-#else
-  return false;
-#endif
 }
 
 template <typename T>
@@ -235,7 +231,7 @@ struct Rows {
     }
 #if defined(MODES_FX_AVX512) && defined(__AVX512BF16__)
     if constexpr (std::is_same_v<T, BFloat16>)
-      if (count == 16) return _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values)));
+      if (count == kLanes) return _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(values)));
 #endif
     for (int j = 0; j < count; ++j) to[j] = T(values[j]);
   }

@@ -10,19 +10,21 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 namespace matrix_units {
 
 using at::BFloat16;
 constexpr int64_t kSide = 16, kInner = 32;
 
+#if !defined(MODES_FX_MATRIX_UNITS)
+inline bool available() { return false; }
+#else
 inline bool available() {  // Linux hands out the units' registers to a process that asks: XFEATURE_XTILEDATA
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
 }
-
-inline bool fit(int64_t columns, int64_t inner) { return columns % kSide == 0 && inner % kInner == 0 && available(); }
 
 struct alignas(64) Shapes {  // what _tile_loadconfig reads: palette 1, eight tiles of 16 rows of 64 bytes
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -130,5 +132,8 @@ void multiply_strip(const BFloat16* weight, int64_t stride, int64_t width, const
   }
 }
 
-}  // namespace matrix_units
 #endif
+
+inline bool fit(int64_t columns, int64_t inner) { return columns % kSide == 0 && inner % kInner == 0 && available(); }
+
+}  // namespace matrix_units
