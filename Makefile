@@ -19,6 +19,7 @@ LMMS   := lmms-eval==0.7.3
 THEIRS := .upstream
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help demo test test-wide test-all test-extras test-vllm test-newest test-upstream fuzz crash soak lint bench bench-full gpu-check coverage pages docs package lock clean
 
 help:  ## list the targets
