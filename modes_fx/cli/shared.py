@@ -315,9 +315,15 @@ def load_samples(source: Source) -> Samples:
 
 
 def load_batches(
-    model: nn.Module, processor: Any, source: Source | Samples, batch_size: int, bars: Bars | None = None
+    model: nn.Module,
+    processor: Any,
+    source: Source | Samples,
+    batch_size: int,
+    bars: Bars | None = None,
+    *,
+    by_answer: bool = False,
 ) -> list[Batch]:
-    """Return this process's share of the batches, of samples that are drawn now or were drawn before.
+    """Return this process's share of the batches, of samples that are drawn now or were drawn before; see ``make_batches``.
 
     Raises:
         CalibrationError: The data cannot be read, or cannot be turned into the model's forward arguments.
@@ -330,7 +336,7 @@ def load_batches(
     shard = processes.rank(), processes.world()
 
     def make() -> list[Batch]:
-        batches = make_batches(samples, processor, batch_size, shard=shard, dtype=dtype)
+        batches = make_batches(samples, processor, batch_size, shard=shard, dtype=dtype, by_answer=by_answer)
         made = []
         for batch in batches:
             made.append(batch)

@@ -96,6 +96,7 @@ def make_batches(
     padding_side: str | None = None,
     dtype: torch.dtype | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    by_answer: bool = False,
 ) -> Batches:
     """Batch samples into forward arguments, through the processor's chat template.
 
@@ -111,6 +112,8 @@ def make_batches(
         padding_side: "left" or "right"; None leaves it to the processor.
         dtype: Of floating-point arguments such as ``pixel_values``; None leaves them as they are.
         template_kwargs: Further variables of the chat template, such as ``{"enable_thinking": False}``.
+        by_answer: Whether samples with answers of like length share a batch, the shortest first, so that their answers begin
+            nearly together where padding is on the left; else neighbours do.
 
     Returns:
         Batches, which can be iterated any number of times: what the processor returns, and ``labels``, int64 [B, S]: -100
@@ -128,6 +131,8 @@ def make_batches(
     groups: list[Sequence[Sample]] = []
     for has_images in (True, False):
         alike = [sample for sample in samples if bool(sample.images) == has_images]
+        if by_answer:
+            alike.sort(key=lambda sample: len(_row(sample, processor, template_kwargs or {}).answer.ids))
         groups += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
     rows = [[_row(sample, processor, template_kwargs or {}) for sample in group] for group in groups[rank::world]]
     return Batches(rows, processor, padding_side, dtype)

@@ -120,6 +120,16 @@ def test_samples_are_batched_in_order_and_iterated_alike_each_time(demo_model: t
     assert data_hash(batches) != data_hash(make_batches(samples[1:], demo_model[1], 5))
 
 
+def test_answers_of_like_length_share_a_batch(demo_model: tuple[Any, Any]) -> None:
+    _, samples = demo_samples()
+
+    def lengths(by_answer: bool) -> list[int]:
+        batches = make_batches(samples, demo_model[1], 5, by_answer=by_answer)
+        return [length for batch in batches for length in (batch["labels"] != IGNORED).sum(1).tolist()]
+
+    assert lengths(True) == sorted(lengths(False)) != lengths(False)
+
+
 def test_shards_are_the_batches_of_one_process_dealt_out(demo_model: tuple[Any, Any]) -> None:
     _, samples = demo_samples(1)
     samples = [replace(sample, images=()) if index % 3 == 0 else sample for index, sample in enumerate(samples)]

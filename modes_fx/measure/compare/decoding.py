@@ -33,7 +33,8 @@ class DecodedAnswers(Answers):
         """Return the batches.
 
         Raises:
-            CalibrationError: One is padded on the right, has pictures behind the beginning of an answer, or nothing to decode.
+            CalibrationError: One is padded on the right or has pictures behind the beginning of an answer, or none has any
+                token to decode.
         """
         found = list(batches)
         for index, batch in enumerate(found):
@@ -42,9 +43,12 @@ class DecodedAnswers(Answers):
                 raise CalibrationError(f"Batch {index} is padded on the right; decoding needs padding on the left.")
             decoded = batch["input_ids"][:, first:]
             if bool(torch.isin(decoded, torch.tensor(vision_token_ids(self._model.config), dtype=decoded.dtype)).any()):
-                raise CalibrationError(f"Batch {index} has pictures behind the beginning of an answer: nothing decodes those.")
-            if decoded.shape[1] < 2:
-                raise CalibrationError(f"Batch {index} has answers of one token: no decode step computes any.")
+                raise CalibrationError(
+                    f"Batch {index} has pictures behind the beginning of its longest answer, and nothing decodes pictures. "
+                    "Make batches with by_answer=True, as `modes-fx compare` does, or smaller ones."
+                )
+        if found and all(batch["labels"].shape[1] - beginning_of_answers(batch["labels"]) < 2 for batch in found):
+            raise CalibrationError("There are answers of one token alone: no decode step computes any.")
         return found
 
     def __call__(self, batch: Batch, *, grad: bool = False) -> tuple[Tensor, Tensor]:

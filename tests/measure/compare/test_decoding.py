@@ -124,6 +124,8 @@ def test_answers_that_nothing_decodes_are_refused(vlm: nn.Module) -> None:
     short["labels"] = short["labels"].expand_as(batch["labels"])
     with pytest.raises(CalibrationError, match="answers of one token"):
         DecodeObjective(vlm, [short])
+    beside, alone = DecodeObjective(vlm, [short, batch]), DecodeObjective(vlm, [batch])
+    assert beside.experts_read == alone.experts_read > 0
     pictured = {**batch, "labels": batch["input_ids"].clone()}
-    with pytest.raises(CalibrationError, match="pictures behind the beginning of an answer"):
+    with pytest.raises(CalibrationError, match="pictures behind the beginning of its longest answer"):
         DecodeObjective(vlm, [pictured])
