@@ -20,7 +20,7 @@ from tabulate import tabulate
 import modes_fx
 from modes_fx.calib import Objective, layer_importance, search
 from modes_fx.data import load_samples, make_batches
-from modes_fx.files.writing import write_atomically
+from modes_fx.files.writing import check_writable, write_atomically
 from modes_fx.models.device import cpu_name
 from modes_fx.models.loading import load
 
@@ -85,6 +85,11 @@ def main() -> None:
     parser.add_argument("--grid-size", type=int, default=14)
     parser.add_argument("--json", type=Path, help="also write what each draw gave to this file")
     options = parser.parse_args()
+    found = load_samples(options.data, limit=max(options.sizes)).report.found
+    if found < max(options.sizes):
+        parser.error(f"{options.data} holds {found} samples: no draw of {max(options.sizes)}")
+    if options.json:
+        check_writable(options.json)
     print(f"{options.model}, float32, {cpu_name()}")
     rows = list(drawn(options))
     if options.json:

@@ -114,10 +114,9 @@ def compare(
             network, processor = shared.load_model(
                 name, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code
             )
-            decodes = phase == "decode"
-            tune = shared.load_batches(network, processor, sources[0], batch_size, bars, by_answer=decodes)
+            tune = shared.load_batches(network, processor, sources[0], batch_size, bars, by_answer=phase == "decode")
             asked = shared.load_samples(sources[1])
-            test = shared.load_batches(network, processor, asked, batch_size, bars, by_answer=decodes)
+            test = shared.load_batches(network, processor, asked, batch_size, bars, by_answer=phase == "decode")
             hashes = {"calibration": data_hash(tune), "test": data_hash(test)}
 
             def look(model: Any, plan: SkipPlan, data: Any = (processor, test, asked), name: str = names[name]) -> None:

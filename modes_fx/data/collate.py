@@ -128,14 +128,14 @@ def make_batches(
         raise CalibrationError(f"Needed: batch_size >= 1 and 0 <= rank < world; got {batch_size} and shard={shard}.")
     if padding_side not in (None, "left", "right"):
         raise CalibrationError(f'padding_side must be "left" or "right", got {padding_side!r}.')
-    groups: list[Sequence[Sample]] = []
+    rows = [_row(sample, processor, template_kwargs or {}) for sample in samples]
+    if by_answer:
+        rows.sort(key=lambda row: len(row.answer.ids))
+    groups: list[Sequence[_Row]] = []
     for has_images in (True, False):
-        alike = [sample for sample in samples if bool(sample.images) == has_images]
-        if by_answer:
-            alike.sort(key=lambda sample: len(_row(sample, processor, template_kwargs or {}).answer.ids))
+        alike = [row for row in rows if bool(row.sample.images) == has_images]
         groups += [alike[start : start + batch_size] for start in range(0, len(alike), batch_size)]
-    rows = [[_row(sample, processor, template_kwargs or {}) for sample in group] for group in groups[rank::world]]
-    return Batches(rows, processor, padding_side, dtype)
+    return Batches(groups[rank::world], processor, padding_side, dtype)
 
 
 def _row(sample: Sample, processor: Any, template_kwargs: Mapping[str, Any]) -> _Row:

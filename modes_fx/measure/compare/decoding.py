@@ -45,7 +45,7 @@ class DecodedAnswers(Answers):
             if bool(torch.isin(decoded, torch.tensor(vision_token_ids(self._model.config), dtype=decoded.dtype)).any()):
                 raise CalibrationError(
                     f"Batch {index} has pictures behind the beginning of its longest answer, and nothing decodes pictures. "
-                    "Make batches with by_answer=True, as `modes-fx compare` does, or smaller ones."
+                    "Make batches with by_answer=True, as `modes-fx compare` does, or smaller ones (--batch-size)."
                 )
         if found and all(batch["labels"].shape[1] - beginning_of_answers(batch["labels"]) < 2 for batch in found):
             raise CalibrationError("There are answers of one token alone: no decode step computes any.")
