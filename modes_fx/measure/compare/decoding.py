@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from modes_fx.calib.objective import Answers, Evaluation, at_answers
-from modes_fx.data.batch import Batch, beginning_of_answers, prompts_of
+from modes_fx.data.batch import Batch, before_answers, beginning_of_answers
 from modes_fx.errors import CalibrationError
 from modes_fx.measure.compare.samples import SampleObjective, SampleScores
 from modes_fx.modality import vision_token_ids
@@ -54,7 +54,7 @@ class DecodedAnswers(Answers):
     def __call__(self, batch: Batch, *, grad: bool = False) -> tuple[Tensor, Tensor]:
         """Return logits [answer tokens, V], and bool [B]: whether greedy decoding gives the answer."""
         first, generator = beginning_of_answers(batch["labels"]), self._model
-        given: Any = prompts_of(batch, self._device)
+        given: Any = before_answers(batch, self._device)
         answers = batch["input_ids"][:, first:].to(self._device)
         steps = answers.shape[1]
         with torch.set_grad_enabled(grad):

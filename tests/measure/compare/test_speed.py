@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import modes_fx
-from modes_fx.data.batch import prompts_of
 from modes_fx.errors import CalibrationError
 from modes_fx.measure.compare import speed
 from modes_fx.measure.compare.speed import SETTINGS, Setting, Stopwatch, settings_of, stock_twin
@@ -146,11 +145,3 @@ def test_a_model_of_other_dispatch_is_timed_as_it_was_loaded() -> None:
         "as loaded", "as loaded, MoE blocks compiled", "as loaded, decoder layers compiled",
         "as loaded, all layers as one compiled",
     ]  # fmt: skip
-
-
-def test_prompts_end_where_the_first_answer_begins() -> None:
-    batch = with_answers(0)
-    prompts = prompts_of(batch, torch.device("cpu"))
-    assert "labels" not in prompts
-    assert prompts["input_ids"].equal(batch["input_ids"][:, :-3])
-    assert prompts["pixel_values"].equal(batch["pixel_values"])
