@@ -29,8 +29,8 @@ REASONS: dict[str, Reason] = {
     ),
     "NO_DISPATCH": Reason(
         "The traced block hands its tokens to no expert dispatch.",
-        "`model.set_experts_implementation('grouped_mm')` before `torch.compile(model, backend='modes_fx')`; under "
-        "`optimize`, report the model.",
+        "`model.set_experts_implementation('grouped_mm')`, of the text model within where the whole refuses, before "
+        "`torch.compile(model, backend='modes_fx')`; under `optimize`, report the model.",
     ),
     "WEIGHTS_HAVE_OTHER_USERS": Reason(
         "The routing weights do more than multiply the experts' output, so that a weight of 0 would not silence a pair.",

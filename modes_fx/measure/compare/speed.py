@@ -190,7 +190,7 @@ class Stopwatch:
 def settings_of(model: nn.Module) -> Sequence[Setting]:
     """Return the settings to try: those of the experts only where the model's go through transformers' interface."""
     settings = (*SETTINGS, STATIC) if compiles_itself(model) else SETTINGS
-    if any(layer.form is None for layer in find_moe_layers(model)) and hasattr(model, "set_experts_implementation"):
+    if _owners_of_experts(model):
         return settings
     return tuple(dict.fromkeys(Setting(None, setting.compiled) for setting in settings))
 
@@ -205,7 +205,8 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin: Any = copy.deepcopy(model, shared)
     if setting.experts is not None:
-        twin.set_experts_implementation(setting.experts)
+        for owner in _owners_of_experts(twin):
+            owner.set_experts_implementation(setting.experts)
     if setting.attention is not None:
         twin.set_attn_implementation(setting.attention)
     if setting.compiled == "graph":
@@ -219,6 +220,17 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
             region._compiled_call_impl = types.MethodType(call, region)
     stock: nn.Module = twin
     return stock
+
+
+def _owners_of_experts(model: nn.Module) -> list[Any]:
+    """Return the models within a model whose config says what computes its experts.
+
+    Not the model as a whole, which may be of a class that refuses for the text model it holds, as InternVL's does.
+    """
+    experts = [layer.experts for layer in find_moe_layers(model) if layer.form is None]
+    configs = {id(config) for each in experts if (config := getattr(each, "config", None)) is not None}
+    owners = (module for module in model.modules() if hasattr(module, "set_experts_implementation"))
+    return [owner for owner in owners if id(getattr(owner, "config", None)) in configs]
 
 
 def as_one_graph(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from modes_fx.measure.compare.speed import SETTINGS, Setting, Stopwatch, setting
 from modes_fx.models.layers import find_moe_layers
 from tests import harness, tiny
 from tests.calib.conftest import with_answers
+from tests.families.vision import VISION, WRAPPERS
 from tests.models.convert.cases import CASES
 
 BATCH = with_answers(4)
@@ -137,6 +139,17 @@ def test_twins_share_weights_and_leave_the_model_as_it_was(vlm: nn.Module) -> No
         assert [id(weight) for weight in twin.parameters()] == [id(weight) for weight in vlm.parameters()]
         torch.testing.assert_close(harness.logits(twin, tiny.mixed_batch()), wanted)
     assert harness.model_state(vlm) == before
+
+
+@pytest.mark.parametrize("name", ["internvl-qwen3_moe", "kimi_k25"])
+def test_a_text_model_takes_settings_that_the_class_around_it_refuses(name: str) -> None:
+    model: Any = next(family for family in (*VISION, *WRAPPERS) if family.name == name).build()
+    with pytest.raises(ValueError, match="does not support setting experts"):
+        model.set_experts_implementation("grouped_mm")
+    assert settings_of(model) == SETTINGS
+    for experts in ("eager", "grouped_mm"):
+        twin: Any = stock_twin(model, Setting(experts))
+        assert {layer.experts.config._experts_implementation for layer in find_moe_layers(twin)} == {experts}
 
 
 def test_a_model_of_other_dispatch_is_timed_as_it_was_loaded() -> None:
