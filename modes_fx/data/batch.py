@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modes_fx.errors import CalibrationError
+
 IGNORED = -100
 Batch = Mapping[str, Any]
 
@@ -22,12 +24,17 @@ def prompts_of(batch: Batch, device: torch.device) -> Mapping[str, Tensor]:
 
     Tensors of tokens, [B, S, ...], come back as [B, P, ...], where P is the longest prompt's length; those of pictures as they
     are. With ``attention_mask``, int64 [B, P], whether the batch has one or not.
+
+    Raises:
+        CalibrationError: No sample has anything before its answer.
     """
     labels = batch["labels"].cpu()
     answers = labels != IGNORED
     ends = torch.where(answers.any(dim=1), answers.int().argmax(dim=1), labels.shape[1])
     sources = torch.arange(labels.shape[1])[None] - (labels.shape[1] - ends)[:, None]  # of each place, once all end together
     mask = batch.get("attention_mask", torch.ones_like(labels)).cpu().gather(1, sources.clamp(min=0)) * (sources >= 0)
+    if not mask.any():
+        raise CalibrationError("The batch holds no prompt: its labels say that all of its tokens are answers.")
     first = int(mask.any(dim=0).nonzero()[0])
     sources = sources[:, first:].clamp(min=0)
     rows = torch.arange(len(labels))[:, None]

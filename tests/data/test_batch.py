@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modes_fx.data.batch import before_answers, prompts_of
+from modes_fx.errors import CalibrationError
 from tests.calib.conftest import with_answers
 
 CPU = torch.device("cpu")
@@ -35,6 +36,12 @@ def test_a_batch_without_a_mask_gets_one() -> None:
     mask = prompts_of(batch, CPU)["attention_mask"]
     answers = torch.tensor([1, 2, 3])
     assert mask.sum(dim=1).equal(batch["labels"].shape[1] - answers)
+
+
+def test_a_batch_of_answers_alone_is_refused() -> None:
+    batch = with_answers(0)
+    with pytest.raises(CalibrationError, match="holds no prompt"):
+        prompts_of({**batch, "labels": batch["input_ids"]}, CPU)
 
 
 def test_what_is_decoded_is_cut_where_the_first_answer_begins() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modes_fx.data.batch import Batch, prompts_of
-from modes_fx.errors import CalibrationError, in_a_line
+from modes_fx.errors import CalibrationError, ModelError, in_a_line
 from modes_fx.graph.code import own_code
 from modes_fx.measure.timing import in_turn, now
 from modes_fx.models.layers import Region, find_moe_layers
@@ -205,8 +205,7 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin: Any = copy.deepcopy(model, shared)
     if setting.experts is not None:
-        for owner in _owners_of_experts(twin):
-            owner.set_experts_implementation(setting.experts)
+        _set_experts(twin, setting.experts)
     if setting.attention is not None:
         twin.set_attn_implementation(setting.attention)
     if setting.compiled == "graph":
@@ -222,11 +221,25 @@ def stock_twin(model: nn.Module, setting: Setting) -> nn.Module:
     return stock
 
 
-def _owners_of_experts(model: nn.Module) -> list[Any]:
-    """Return the models within a model whose config says what computes its experts.
+def _set_experts(model: Any, name: str) -> None:
+    """Choose what computes a model's experts.
 
-    Not the model as a whole, which may be of a class that refuses for the text model it holds, as InternVL's does.
+    Raises:
+        ModelError: They do not go through transformers' interface.
+        ValueError: transformers knows no such implementation.
     """
+    owners = _owners_of_experts(model)
+    if not owners:
+        raise ModelError(f"What computes the experts of {type(model).__name__} cannot be chosen: none is {name!r}.")
+    try:
+        model.set_experts_implementation(name)
+    except ValueError:  # its class may refuse for the text model it holds, as InternVL's does
+        for owner in owners:
+            owner.set_experts_implementation(name)
+
+
+def _owners_of_experts(model: nn.Module) -> list[Any]:
+    """Return the models, of a model and those within it, whose config says what computes its experts."""
     experts = [layer.experts for layer in find_moe_layers(model) if layer.form is None]
     configs = {id(config) for each in experts if (config := getattr(each, "config", None)) is not None}
     owners = (module for module in model.modules() if hasattr(module, "set_experts_implementation"))

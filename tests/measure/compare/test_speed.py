@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import modes_fx
-from modes_fx.errors import CalibrationError
+from modes_fx.errors import CalibrationError, ModelError
 from modes_fx.measure.compare import speed
 from modes_fx.measure.compare.speed import SETTINGS, Setting, Stopwatch, settings_of, stock_twin
 from modes_fx.models.layers import find_moe_layers
@@ -153,7 +153,10 @@ def test_a_text_model_takes_settings_that_the_class_around_it_refuses(name: str)
 
 
 def test_a_model_of_other_dispatch_is_timed_as_it_was_loaded() -> None:
-    settings = settings_of(CASES["deepseek"].make())
+    model = CASES["deepseek"].make()
+    with pytest.raises(ModelError, match="cannot be chosen"):
+        stock_twin(model, Setting("eager"))
+    settings = settings_of(model)
     assert [str(setting) for setting in settings] == [
         "as loaded", "as loaded, MoE blocks compiled", "as loaded, decoder layers compiled",
         "as loaded, all layers as one compiled",
