@@ -18,7 +18,7 @@ from modes_fx.models.locating import locate
 def demo(
     out: Annotated[Path, output_folder("Folder for the plan and the report.")] = Path("out/demo"),
     checkpoint: Annotated[
-        Path | None, typer.Option(help="Another one that examples/train_demo_model.py made; none takes the embedded one.")
+        Path | None, typer.Option(help="Another of its kind, by examples/train_demo_model.py; none takes the embedded one.")
     ] = None,
     device: DeviceOption = None,
     quick: Annotated[bool, typer.Option(help="Little data and few timed rounds: a check that everything runs.")] = False,

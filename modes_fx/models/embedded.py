@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 
 import torch
-from transformers import Qwen3VLMoeForConditionalGeneration
+from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from modes_fx.errors import ModelError
 from modes_fx.files.shipped import check_checkpoint
 from modes_fx.models.images_processor import Qwen3VLImagesProcessor
 from modes_fx.models.locating import CHECKPOINT
+from modes_fx.models.meta_model import read_config
 
 
 def load(
@@ -32,6 +33,11 @@ def load(
     path = CHECKPOINT if folder is None else Path(folder)
     if not (path / "config.json").is_file():
         raise ModelError(f"There is no model in {path}: it has no config.json. Pass a folder written by save_pretrained.")
+    if (kind := read_config(path).model_type) != Qwen3VLMoeConfig.model_type:
+        raise ModelError(
+            f"{path} holds a model of type {kind!r}, and the demo's are Qwen3-VL-MoE. For others use `modes-fx calibrate` and "
+            "`search`, or `compare`."
+        )
     try:
         model = Qwen3VLMoeForConditionalGeneration.from_pretrained(path, dtype=dtype, local_files_only=True)
         processor = Qwen3VLImagesProcessor.from_pretrained(path, local_files_only=True)

@@ -24,7 +24,7 @@ def test_no_command_lists_the_commands() -> None:
     assert "demo" in run().output
 
 
-@pytest.mark.parametrize("broken", ["missing", "truncated weights", "no config"])
+@pytest.mark.parametrize("broken", ["missing", "truncated weights", "no config", "another kind"])
 def test_a_checkpoint_that_cannot_be_read_ends_with_its_name_and_writes_nothing(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,13 +35,17 @@ def test_a_checkpoint_that_cannot_be_read_ends_with_its_name_and_writes_nothing(
             content = file.read_bytes()
             if file.name == "model.safetensors":
                 content = content[: len(content) // 2]
+            if broken == "another kind" and file.name == "config.json":
+                content = b'{"model_type": "internvl"}'
             if not (broken == "no config" and file.name == "config.json"):
                 (folder / file.name).write_bytes(content)
     monkeypatch.setattr("sys.argv", ["modes-fx", "demo", "--checkpoint", str(folder), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 1
-    assert str(folder) in capsys.readouterr().err.replace("\n", "")
+    said = capsys.readouterr().err.replace("\n", "")
+    assert str(folder) in said
+    assert ("'internvl'" in said) == (broken == "another kind")
     assert not (tmp_path / "out").exists()
 
 
