@@ -20,8 +20,8 @@ from modes_fx.kernels.cuda import sizes
 from modes_fx.measure.bench.models import block_of, build, draw, route
 from modes_fx.measure.bench.presets import config_of
 from modes_fx.measure.bench.settings import DEFAULT, Contender, Kind, Twins, thresholds
-from modes_fx.measure.compare.speed import RECOMPILE_LIMIT, Setting, stock_twin
 from modes_fx.measure.timing import in_turn, now
+from modes_fx.measure.twins import RECOMPILE_LIMIT, Setting, stock_twin
 from modes_fx.modality import token_modality
 from modes_fx.optimize import optimize
 from modes_fx.plan import SkipPlan

@@ -127,11 +127,16 @@ def test_what_was_timed_has_a_table_of_its_own(capsys: pytest.CaptureFixture[str
     ranges = {"prefill": (1.5, 1.8), "decode": (math.nan, math.nan)}
     speed = {"prefill": 1.7, "decode": math.nan}
     timed = Row("naee", "NAEE", 0.5, "reached", 1.0, {"prefill": 0.51, "decode": 0.62}, speed=speed, speed_range=ranges)
-    stock = {"fastest": dict.fromkeys(speed, "eager"), "stock_ms": {"eager": {"prefill": 20.0, "decode": 3.0}}}
-    compare._print_speed([timed], {"folder/seed1": Comparison({}, 8, (timed,), stock)})
+    ms = {"prefill": 20.0, "decode": 3.0}
+    timing = {
+        "fastest": dict.fromkeys(speed, "eager"), "stock_ms": {"eager": ms}, "ours": dict.fromkeys(speed, "modes-fx"),
+        "ours_times": {"modes-fx": {"prefill": 0.9, "decode": 1.1}},
+    }  # fmt: skip
+    compare._print_speed([timed], {"folder/seed1": Comparison({}, 8, (timed,), timing)})
     said = " ".join(capsys.readouterr().out.split())
     assert "NAEE 50.0% 1.70x (1.50 1.80) 51.0% not told 62.0%" in said
     assert "seed1: prefill eager, 20.0 ms; decode eager, 3.0 ms a token" in said
+    assert "nothing skipped: prefill modes-fx, 0.90x; decode modes-fx, 1.10x." in said
 
 
 def test_the_parts_of_the_method_have_a_table_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:

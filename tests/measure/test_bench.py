@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModel
 
 from modes_fx.errors import ModesFxError
+from modes_fx.measure import twins
 from modes_fx.measure.bench import machine, output, parts, peer
 from modes_fx.measure.bench.machine import Limits, Machine
 from modes_fx.measure.bench.measure import Row
@@ -19,8 +20,8 @@ from modes_fx.measure.bench.models import Routing, block_of, build, draw, popula
 from modes_fx.measure.bench.options import Options
 from modes_fx.measure.bench.presets import PRESETS, config_of
 from modes_fx.measure.bench.settings import DEFAULT, Twins, thresholds
-from modes_fx.measure.compare import speed
 from modes_fx.measure.timing import in_turn
+from modes_fx.measure.twins import Setting
 from modes_fx.models.layers import find_moe_layers
 from tests.cli.command import run
 
@@ -30,7 +31,7 @@ TEXT = torch.zeros(4096, dtype=torch.bool)
 
 @pytest.fixture(autouse=True)
 def _little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "_own_caller", lambda: lambda module, *args, **kwargs: module._call_impl(*args, **kwargs))
+    monkeypatch.setattr(twins, "_own_caller", lambda: lambda module, *args, **kwargs: module._call_impl(*args, **kwargs))
     monkeypatch.setattr(machine, "_TAKES", 1)
     monkeypatch.setattr(machine, "_GEMM_ROWS", (2,))
     monkeypatch.setattr(machine, "_READ_BYTES", 2**16)
@@ -114,12 +115,12 @@ def test_every_preset_is_a_stack_of_moe_layers(name: str) -> None:
 def test_twins_share_weights_and_compute_the_same(stack: Any) -> None:
     block, x = block_of(stack), draw(16, HIDDEN, "uniform", 0)
     twins = Twins(block)
-    contenders = twins.stock((DEFAULT, speed.Setting("eager"), speed.Setting("batched_mm")), 8) + twins.peer()
+    contenders = twins.stock((DEFAULT, Setting("eager"), Setting("batched_mm")), 8) + twins.peer()
     assert len(contenders) == 3 + (not twins.failed)
     for each in contenders:
         assert [id(weight) for weight in each.model.parameters()] == [id(weight) for weight in block.parameters()]
         torch.testing.assert_close(each.model(x), block(x), atol=1e-3, rtol=2e-2)
-    assert [each.name for each in twins.stock((DEFAULT, speed.Setting("batched_mm")), 9)] == [f"stock {DEFAULT}"]
+    assert [each.name for each in twins.stock((DEFAULT, Setting("batched_mm")), 9)] == [f"stock {DEFAULT}"]
 
 
 def test_a_kernel_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch, stack: Any) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from modes_fx.errors import ModesFxError, in_a_line
 from modes_fx.measure.bench.machine import Limit
 from modes_fx.measure.bench.settings import DEFAULT, Contender
-from modes_fx.measure.compare.speed import RECOMPILE_LIMIT
 from modes_fx.measure.timing import in_turn, now
+from modes_fx.measure.twins import RECOMPILE_LIMIT
 from modes_fx.modality import Phase, token_modality
 from modes_fx.optimize import stats
 

@@ -18,8 +18,8 @@ from unittest import mock
 from torch import Tensor
 
 from modes_fx.attach.regions import Region as CompiledRegion
-from modes_fx.measure.compare.speed import Setting, stock_twin
 from modes_fx.measure.timing import now
+from modes_fx.measure.twins import Setting, stock_twin
 from modes_fx.modality import token_modality
 from modes_fx.models.layers import Region
 from modes_fx.optimize import optimize, optimized_state, restore

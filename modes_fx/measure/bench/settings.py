@@ -14,7 +14,7 @@ from torch import nn
 from modes_fx.errors import ModelError, in_a_line
 from modes_fx.measure.bench import peer
 from modes_fx.measure.bench.models import Routing
-from modes_fx.measure.compare.speed import Setting, as_one_graph, stock_twin
+from modes_fx.measure.twins import OURS, Setting, as_one_graph, stock_twin
 from modes_fx.models.layers import Region
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan
@@ -106,15 +106,14 @@ class Twins:
         self, taus: Mapping[float, tuple[float, float] | None], region: Region = "moe", attention: str | None = None
     ) -> list[Contender]:
         """Return modes-fx at each skip ratio."""
-        name = "modes-fx" if region == "moe" else f'modes-fx, region="{region}"'
-        name += f", {attention} attention" if attention else ""
+        name = str(Setting(OURS, region, attention))
         setting = Setting(DEFAULT.experts, attention=attention)
         model = self._twin(name, lambda: optimize(stock_twin(self.model, setting), region=region))
         return [Contender(name, "ours", model, skip, pair) for skip, pair in taus.items()]
 
     def one_graph(self, taus: Mapping[float, tuple[float, float] | None], attention: str | None = None) -> list[Contender]:
         """Return modes-fx at each skip ratio, decoding over a static cache in one graph."""
-        name = str(Setting("modes-fx", "graph", attention))
+        name = str(Setting(OURS, "graph", attention))
         setting = Setting(DEFAULT.experts, attention=attention)
         model = self._twin(name, lambda: as_one_graph(optimize(stock_twin(self.model, setting))))
         return [Contender(name, "ours", model, skip, pair, static=True) for skip, pair in taus.items()]

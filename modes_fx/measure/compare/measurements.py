@@ -42,15 +42,17 @@ def records_of(
     return Journal(journal, {"command": "compare", "versions": versions}).under(mine)
 
 
-class StockEntry(TypedDict):
-    """What times are compared with, as a journal keeps it; see ``Stopwatch.facts``."""
+class SettingsEntry(TypedDict):
+    """What speeds are measured in, as a journal keeps it; see ``Stopwatch.facts``."""
 
     fastest: dict[str, str]
+    ours: dict[str, str]
+    stock_ms: dict[str, dict[str, Number]]
+    ours_times: dict[str, dict[str, Number]]
+    failed: dict[str, str]
     batch: int
     prompt_tokens: int
     threads: int
-    stock_ms: dict[str, dict[str, Number]]
-    failed: dict[str, str]
 
 
 class SpeedEntry(TypedDict):

@@ -26,10 +26,10 @@ from modes_fx.files import strict_json
 from modes_fx.files.importance_fields import Mode
 from modes_fx.measure.compare.contenders import Alpha, Calibrated, Contender, contenders_of, own_rule
 from modes_fx.measure.compare.decoding import DecodeObjective
-from modes_fx.measure.compare.measurements import Measurements, SpeedEntry, StockEntry, identity, records_of
+from modes_fx.measure.compare.measurements import Measurements, SettingsEntry, SpeedEntry, identity, records_of
 from modes_fx.measure.compare.rows import Row, measured
 from modes_fx.measure.compare.samples import SampleObjective, SampleScores
-from modes_fx.measure.compare.speed import Speed, Stopwatch
+from modes_fx.measure.compare.speed import Stopwatch
 from modes_fx.measure.compare.statistics import RoutingStatistics, routing_statistics
 from modes_fx.measure.compare.tuning import Tuned, Tuner
 from modes_fx.modality import Phase
@@ -59,8 +59,8 @@ class Comparison:
         unskipped: Its own metrics on test data: ``score``.
         samples: Of test data.
         rows: By rule, then target.
-        stock: Where speed was timed, what it is compared to: ``fastest``, the setting of stock transformers in each phase;
-            ``stock_ms``, all that were timed; ``failed``, those that do not run; and the prompts. See ``Stopwatch``.
+        timing: Where speed was timed, in what: the fastest settings of stock transformers and of modes-fx in each phase, all
+            that were timed, and the prompts; see ``Stopwatch.facts``.
         own: The rule that is looked at closely; see ``own_rule``.
         layers: Paths of the experts modules of the MoE layers.
         alpha: Importance of each layer for (text, vision) tokens; None where no rule takes it.
@@ -71,7 +71,7 @@ class Comparison:
     unskipped: dict[str, float]
     samples: int
     rows: tuple[Row, ...]
-    stock: Mapping[str, Any] = field(default_factory=dict)
+    timing: Mapping[str, Any] = field(default_factory=dict)
     own: str = ""
     layers: tuple[str, ...] = ()
     alpha: Alpha | None = None
@@ -115,7 +115,7 @@ def compare(
         grid_size: Of the search for pairs of thresholds; see ``search``.
         tolerance: See above.
         seed: Of the bootstrap and the random rule.
-        timed: Whether to time each row against stock transformers' fastest setting; in prefill comparisons.
+        timed: Whether to time each row against stock transformers, each in its fastest setting; in prefill comparisons.
         journal: File that each measurement is written to as it is made, and read from: a comparison that was cut off goes on
             where it stopped. It may serve several models and sets of data, each of which finds its own.
         look: Called with the optimised model, and the plan of ``own_rule`` at the largest target that it reaches; in prefill
@@ -162,7 +162,7 @@ def compare(
     correct = match.unskipped.correct_S
     score, everything = float(correct.double().mean()), tuple(row for name in chosen for row in rows[name])
     return Comparison(
-        {"score": score}, len(correct), everything, match.stock, match.own, match.layers, known.importance, match.trials, phase
+        {"score": score}, len(correct), everything, match.timing, match.own, match.layers, known.importance, match.trials, phase
     )
 
 
@@ -202,7 +202,7 @@ class _Match:
         self.records = records
         self._tell = progress or (lambda part, done, total: None)
         self.stopwatch: Stopwatch | None = None
-        self.stock: dict[str, Any] = {}
+        self.timing: dict[str, Any] = {}
         self.unskipped: SampleScores | None = None
         self.own = ""
         self.phase: Phase = "prefill"
@@ -217,14 +217,14 @@ class _Match:
         return device.type, device_name(device), torch.get_num_threads()
 
     def prepare_timing(self) -> None:
-        """Choose the stock settings that rows are timed against; before the model is optimised."""
-        known: Any = self.records.get(("stock", *self.machine), StockEntry)
+        """Choose the settings that rows are timed in; before the model is optimised."""
+        key = ("settings", *self.machine)
+        known: Any = self.records.get(key, SettingsEntry)
         step = self._step("stock settings timed")
-        self.stopwatch = Stopwatch(self.model, self.test[0], known and known["fastest"], on_step=step)
-        self.stock = known or {"fastest": self.stopwatch.chosen, **self.stopwatch.facts}
+        self.stopwatch = Stopwatch(self.model, self.test[0], known and strict_json.numbers(known), on_step=step)
+        self.timing = self.stopwatch.facts
         if known is None:
-            self.records.add(("stock", *self.machine), strict_json.plain(self.stock))
-        self.stock = strict_json.numbers(self.stock)
+            self.records.add(key, strict_json.plain(self.timing))
 
     def calibrate(self, chosen: Iterable[Contender], mode: Mode) -> Calibrated:
         needs = frozenset[str]().union(*(one.needs for one in chosen))
@@ -265,15 +265,20 @@ class _Match:
         if self.unskipped is None:
             self.unskipped = data.on_test("", None)
         rows: dict[str, list[Row]] = {name: [] for name in chosen}
+        plans: list[tuple[str, int, SkipPlan]] = []
         total = len(chosen) * len(self.targets)
         for name, one in chosen.items():
             best: SkipPlan | None = None
             for target, (tuned, plan, largest) in zip(self.targets, self._tune(name, one, data, known), strict=True):
+                if plan is not None:
+                    plans.append((name, len(rows[name]), plan))
                 rows[name].append(self._row(name, one, target, tuned, plan, largest, data))
                 best = plan or best
                 self._tell(f"compare: {rule}", sum(map(len, rows.values())), total)
             if name == self.own and self.look is not None and best is not None:
                 self.look(self.model, best)
+        if self.stopwatch is not None:
+            self._time(self.stopwatch, rule, rows, plans)
         return rows
 
     def _tune(
@@ -361,28 +366,43 @@ class _Match:
         skipped = {"calibration": tuned.evaluation.skip_ratio, **scores.skip_ratio}
         if self.phase == "prefill":
             skipped["prefill"] = skipped["all"]
-        speed = self._speed(name, plan)
-        if speed is not None:
-            skipped |= {phase: ratio for phase, ratio in speed.skipped.items() if ratio == ratio}
         point = {key: value for key, value in asdict(plan.points[0]).items() if key.startswith("tau") or key == "gamma"}
         status = "reached" if tuned.reached else "overshot"
-        times, ranges = (speed.times, speed.ranges) if speed else ({}, {})
-        return Row(
-            name, one.title, target, status, largest, skipped, metrics, intervals, times, point, speed_range=ranges
-        )  # fmt: skip
+        return Row(name, one.title, target, status, largest, skipped, metrics, intervals, point=point)
 
-    def _speed(self, name: str, plan: SkipPlan) -> Speed | None:
-        if self.stopwatch is None:
-            return None
-        key = ("speed", *self.machine, plan.rule, name, *identity(plan))
-        known: Any = self.records.get(key, SpeedEntry)
-        if known is None:
-            set_plan(self.model, plan)
-            known = strict_json.plain(asdict(self.stopwatch(self.model)))
-            self.records.add(key, known)
-        found = strict_json.numbers(known)
-        ranges = {phase: (low, high) for phase, (low, high) in found["ranges"].items()}
-        return Speed(found["times"], ranges, found["skipped"])
+    def _time(
+        self, stopwatch: Stopwatch, rule: str, rows: dict[str, list[Row]], plans: list[tuple[str, int, SkipPlan]]
+    ) -> None:
+        """Time the plans of one keep-rule, and write it into their rows."""
+        ours, step = stopwatch.facts["ours"], self._step(f"timed: {rule}")
+        settings = {setting: [phase for phase in ours if ours[phase] == setting] for setting in ours.values()}
+        done, total = 0, len(settings) * len(plans)
+        for setting, phases in settings.items():
+            compiled = False
+            for name, index, plan in plans:
+                key = ("speed", setting, *self.machine, plan.rule, name, *identity(plan))
+                known: Any = self.records.get(key, SpeedEntry)
+                if known is None:
+                    if not compiled:
+                        stopwatch.optimize(self.model, setting, plan)
+                        compiled = True
+                    set_plan(self.model, plan)
+                    known = strict_json.plain(asdict(stopwatch(self.model, setting)))
+                    self.records.add(key, known)
+                rows[name][index] = _with_speed(rows[name][index], strict_json.numbers(known), phases)
+                done += 1
+                step(done, total)
 
     def _step(self, part: str) -> Any:
         return lambda done, total: self._tell(part, done, total)
+
+
+def _with_speed(row: Row, found: Mapping[str, Any], phases: Sequence[str]) -> Row:
+    """Return a row with what a ``Speed`` says of some phases."""
+    skipped = {phase: found["skipped"][phase] for phase in phases if found["skipped"][phase] == found["skipped"][phase]}
+    return replace(
+        row,
+        skipped={**row.skipped, **skipped},
+        speed={**row.speed, **{phase: found["times"][phase] for phase in phases}},
+        speed_range={**row.speed_range, **{phase: tuple(found["ranges"][phase]) for phase in phases}},
+    )

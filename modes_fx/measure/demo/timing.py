@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modes_fx.measure.compare.speed import Setting, stock_twin
 from modes_fx.measure.timing import in_turn, now
+from modes_fx.measure.twins import Setting, stock_twin
 from modes_fx.models.device import cpu_name, device_name
 from modes_fx.optimize import optimize, set_plan
 from modes_fx.plan import SkipPlan

@@ -11,6 +11,7 @@ from torch import nn
 
 from modes_fx.calib.objective import Objective
 from modes_fx.errors import CalibrationError
+from modes_fx.measure import twins
 from modes_fx.measure.compare import Comparison, compare, speed
 from modes_fx.measure.compare.samples import SampleObjective
 from tests import tiny
@@ -26,8 +27,8 @@ class CutOffError(Exception):
 
 
 def noting(method: Callable[[Any, Any], Any], seen: list[str]) -> Callable[[Any, Any], Any]:
-    def noted(self: Any, given: Any) -> Any:
-        found = method(self, given)
+    def noted(self: Any, *given: Any) -> Any:
+        found = method(self, *given)
         seen.append(method.__name__)
         return found
 
@@ -80,17 +81,20 @@ def test_nothing_that_was_measured_is_measured_again(vlm: nn.Module, tmp_path: P
 def test_speeds_are_kept_with_their_bar(
     vlm: nn.Module, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"NEW_TOKENS": 2, "ROUNDS": 1, "WARM_UP": 0, "SETTINGS": (speed.Setting("eager"),)}.items():
+    for name, value in {"NEW_TOKENS": 2, "ROUNDS": 1, "WARM_UP": 0}.items():
         monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr(twins, "STOCK_SETTINGS", (twins.Setting("eager"),))
+    monkeypatch.setattr(twins, "OUR_SETTINGS", (twins.Setting(twins.OURS, "moe"),))
     options: dict[str, Any] = {"targets": (0.5,), "rules": ("threshold",), "timed": True, "journal": tmp_path / "journal.jsonl"}
     first = compare(vlm, CALIBRATION, TEST, **options)
-    assert first.stock["fastest"] == {"prefill": "eager", "decode": "eager"}
-    assert measured.count("__call__") == 1
+    assert first.timing["fastest"] == {"prefill": "eager", "decode": "eager"}
+    assert first.timing["ours"] == {"prefill": "modes-fx", "decode": "modes-fx"}
+    assert measured.count("__call__") == 2  # with nothing skipped, and under the row's plan
     (row,) = first.rows
     assert row.speed.keys() == row.speed_range.keys() == {"prefill", "decode"}
     assert row.skipped["prefill"] != row.skipped["all"]  # of the prompts that were timed, not of all test data
     again = compare(vlm, CALIBRATION, TEST, **options)
-    assert measured.count("__call__") == 1
+    assert measured.count("__call__") == 2
     assert asdict(again) == asdict(first)
 
 
