@@ -1,4 +1,4 @@
-"""Train the embedded demo model, or one with another router or for a harder job: 20 to 30 minutes on one CPU thread.
+"""Train the embedded demo model, or one with another router or for a harder job: 20 to 45 minutes on one CPU thread.
 
     python examples/train_demo_model.py --out /tmp/demo-model
     python examples/train_demo_model.py --architecture deepseek_v3 --job pairs --out out/deepseek_v3
@@ -30,7 +30,6 @@ from modes_fx.models.loading import load
 logger = logging.getLogger("train_demo_model")
 
 LOG = "training_log.json"
-STEPS = {"grid": 1000, "pairs": 2000}
 
 
 def save(architecture: Architecture, model: nn.Module, processor: ProcessorMixin, log: dict, out: Path) -> None:
@@ -72,7 +71,9 @@ def main() -> None:
         type=int,
         help="steps of the vision tower alone; 600 or 1000 by architecture for each picture of the job if left out",
     )
-    parser.add_argument("--steps", type=int, help="steps of the whole model: 1000, or 2000 for pairs, if left out")
+    parser.add_argument(
+        "--steps", type=int, help="steps of the whole model: 1000, or 2000 to 3000 by architecture for pairs, if left out"
+    )
     parser.add_argument("--every", type=int, default=150, help="steps between evaluations")
     args = parser.parse_args()
     check_is_ours(args.out)  # now, not when the work is done
@@ -83,7 +84,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     started = time.monotonic()
     architecture, job = ARCHITECTURES[args.architecture], JOBS[args.job]
-    steps = STEPS[job.name] if args.steps is None else args.steps
+    steps = architecture.steps[job.name] if args.steps is None else args.steps
     vision_steps = architecture.vision_steps * len(job.image_names) if args.vision_steps is None else args.vision_steps
     processor = architecture.build_processor(job)
     model = architecture.build_model(processor, job).train()

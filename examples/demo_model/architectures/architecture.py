@@ -1,7 +1,7 @@
 """What an architecture is made of, and what all of them share: word-level tokenizer, chat template, start of attention."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Architecture:
         tower: The modules that turn pixels into visual tokens, in a trained order.
         visual_tokens: The visual tokens of the image processor's output, float [T, H], image by image, row by row.
         vision_steps: Steps of the tower alone that it needs for each of a job's pictures.
+        steps: Steps of the whole model, by job.
         experts_implementation: What computes the experts in training.
         attention_implementation: What computes the language model's attention in training.
         to_hub_form: Brings a saved checkpoint into the form that lies on the hub.
@@ -60,6 +61,7 @@ class Architecture:
     experts_implementation: str
     attention_implementation: str
     to_hub_form: Callable[[Path], None]
+    steps: Mapping[str, int] = field(default_factory=lambda: {"grid": 1000, "pairs": 2000})
 
 
 def build_tokenizer(job: Job, special: Sequence[str], **options: Any) -> PreTrainedTokenizerFast:

@@ -70,6 +70,7 @@ ARCHITECTURE = Architecture(
     tower=internvl.tower,
     visual_tokens=internvl.visual_tokens,
     vision_steps=1000,
+    steps={"grid": 1000, "pairs": 3000},  # it may take 1,800 of them until it can look up codes at all
     experts_implementation=BLOCKED,
     attention_implementation="sdpa",
     to_hub_form=internvl_to_hub_form,
