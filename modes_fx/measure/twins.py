@@ -39,9 +39,10 @@ class Setting:
     attention: str | None = None
 
     def __str__(self) -> str:
-        what = f", {_COMPILED[self.compiled]} compiled" if self.compiled else ""
         if self.experts == OURS and self.compiled in get_args(Region):
             what = "" if self.compiled == "moe" else f', region="{self.compiled}"'
+        else:
+            what = f", {_COMPILED[self.compiled]} compiled" if self.compiled else ""
         attention = f", {self.attention} attention" if self.attention else ""
         return f"{self.experts or 'as loaded'}{what}{attention}"
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, get_args
 
-import torch
 from torch import nn
 
 from modes_fx.attach.protection import why_unobserved
@@ -22,20 +21,18 @@ from modes_fx.calib.search import search
 from modes_fx.calib.trials import Trial, short_hash
 from modes_fx.data.batch import Batch
 from modes_fx.errors import CalibrationError, UnreachableError
-from modes_fx.files import strict_json
 from modes_fx.files.importance_fields import Mode
 from modes_fx.measure.compare.contenders import Alpha, Calibrated, Contender, contenders_of, own_rule
 from modes_fx.measure.compare.decoding import DecodeObjective
-from modes_fx.measure.compare.measurements import Measurements, SettingsEntry, SpeedEntry, identity, records_of
+from modes_fx.measure.compare.measurements import Measurements, records_of
+from modes_fx.measure.compare.row_speeds import RowSpeeds
 from modes_fx.measure.compare.rows import Row, measured
 from modes_fx.measure.compare.samples import SampleObjective, SampleScores
-from modes_fx.measure.compare.speed import Stopwatch
 from modes_fx.measure.compare.statistics import RoutingStatistics, routing_statistics
 from modes_fx.measure.compare.tuning import Tuned, Tuner
 from modes_fx.modality import Phase
-from modes_fx.models.device import device_name
 from modes_fx.models.layers import find_moe_layers
-from modes_fx.optimize import is_optimized, optimize, report, restore, set_plan
+from modes_fx.optimize import is_optimized, optimize, report, restore
 from modes_fx.plan import PlanPoint, SkipPlan
 from modes_fx.policies import RULES
 
@@ -149,7 +146,7 @@ def compare(
     match.phase = phase
     match.own, match.look = own_rule(list(chosen)), look if phase == "prefill" else None
     if timed:
-        match.prepare_timing()
+        match.speeds = RowSpeeds(model, held[0], records, match.step)
     try:
         known = match.calibrate(chosen.values(), importance_mode)
         rows: dict[str, list[Row]] = {}
@@ -161,8 +158,9 @@ def compare(
     assert match.unskipped is not None
     correct = match.unskipped.correct_S
     score, everything = float(correct.double().mean()), tuple(row for name in chosen for row in rows[name])
+    timing = match.speeds.facts if match.speeds else {}
     return Comparison(
-        {"score": score}, len(correct), everything, match.timing, match.own, match.layers, known.importance, match.trials, phase
+        {"score": score}, len(correct), everything, timing, match.own, match.layers, known.importance, match.trials, phase
     )
 
 
@@ -201,30 +199,13 @@ class _Match:
         self.grid_size, self.tolerance, self.seed = grid_size, tolerance, seed
         self.records = records
         self._tell = progress or (lambda part, done, total: None)
-        self.stopwatch: Stopwatch | None = None
-        self.timing: dict[str, Any] = {}
+        self.speeds: RowSpeeds | None = None
         self.unskipped: SampleScores | None = None
         self.own = ""
         self.phase: Phase = "prefill"
         self.look: Callable[[nn.Module, SkipPlan], None] | None = None
         self.layers: tuple[str, ...] = ()
         self.trials: dict[str, tuple[Mapping[str, float], ...]] = {}
-
-    @property
-    def machine(self) -> tuple[str, str, int]:
-        """What times depend on besides model and data."""
-        device = next(self.model.parameters()).device
-        return device.type, device_name(device), torch.get_num_threads()
-
-    def prepare_timing(self) -> None:
-        """Choose the settings that rows are timed in; before the model is optimised."""
-        key = ("settings", *self.machine)
-        known: Any = self.records.get(key, SettingsEntry)
-        step = self._step("stock settings timed")
-        self.stopwatch = Stopwatch(self.model, self.test[0], known and strict_json.numbers(known), on_step=step)
-        self.timing = self.stopwatch.facts
-        if known is None:
-            self.records.add(key, strict_json.plain(self.timing))
 
     def calibrate(self, chosen: Iterable[Contender], mode: Mode) -> Calibrated:
         needs = frozenset[str]().union(*(one.needs for one in chosen))
@@ -238,7 +219,7 @@ class _Match:
         self.layers = tuple(site.name for site in sites)
         alpha = statistics = None
         if "importance" in needs:
-            step = self._step("importance of each layer")
+            step = self.step("importance of each layer")
             alpha = resumable_importance(self.model, self.calibration, mode, journal=self.records, on_step=step).alpha
         if needs & {"betas", "ratios", "similarity"}:
             statistics = self._statistics("similarity" in needs)
@@ -277,8 +258,8 @@ class _Match:
                 self._tell(f"compare: {rule}", sum(map(len, rows.values())), total)
             if name == self.own and self.look is not None and best is not None:
                 self.look(self.model, best)
-        if self.stopwatch is not None:
-            self._time(self.stopwatch, rule, rows, plans)
+        if self.speeds is not None:
+            self.speeds.write_into(rows, plans, rule)
         return rows
 
     def _tune(
@@ -346,7 +327,7 @@ class _Match:
         try:
             plan = search(
                 self.model, self.calibration, importance, self.targets, gammas=one.gammas, grid_size=self.grid_size,
-                journal=records, on_trial=seen.append, on_progress=self._step("search for pairs of thresholds"),
+                journal=records, on_trial=seen.append, on_progress=self.step("search for pairs of thresholds"),
             )  # fmt: skip
             points = {point.target: point for point in plan.points if point.target is not None}
         except UnreachableError:
@@ -370,39 +351,5 @@ class _Match:
         status = "reached" if tuned.reached else "overshot"
         return Row(name, one.title, target, status, largest, skipped, metrics, intervals, point=point)
 
-    def _time(
-        self, stopwatch: Stopwatch, rule: str, rows: dict[str, list[Row]], plans: list[tuple[str, int, SkipPlan]]
-    ) -> None:
-        """Time the plans of one keep-rule, and write it into their rows."""
-        ours, step = stopwatch.facts["ours"], self._step(f"timed: {rule}")
-        settings = {setting: [phase for phase in ours if ours[phase] == setting] for setting in ours.values()}
-        done, total = 0, len(settings) * len(plans)
-        for setting, phases in settings.items():
-            compiled = False
-            for name, index, plan in plans:
-                key = ("speed", setting, *self.machine, plan.rule, name, *identity(plan))
-                known: Any = self.records.get(key, SpeedEntry)
-                if known is None:
-                    if not compiled:
-                        stopwatch.optimize(self.model, setting, plan)
-                        compiled = True
-                    set_plan(self.model, plan)
-                    known = strict_json.plain(asdict(stopwatch(self.model, setting)))
-                    self.records.add(key, known)
-                rows[name][index] = _with_speed(rows[name][index], strict_json.numbers(known), phases)
-                done += 1
-                step(done, total)
-
-    def _step(self, part: str) -> Any:
+    def step(self, part: str) -> Any:
         return lambda done, total: self._tell(part, done, total)
-
-
-def _with_speed(row: Row, found: Mapping[str, Any], phases: Sequence[str]) -> Row:
-    """Return a row with what a ``Speed`` says of some phases."""
-    skipped = {phase: found["skipped"][phase] for phase in phases if found["skipped"][phase] == found["skipped"][phase]}
-    return replace(
-        row,
-        skipped={**row.skipped, **skipped},
-        speed={**row.speed, **{phase: found["times"][phase] for phase in phases}},
-        speed_range={**row.speed_range, **{phase: tuple(found["ranges"][phase]) for phase in phases}},
-    )

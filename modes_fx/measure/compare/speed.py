@@ -123,7 +123,7 @@ class Stopwatch:
                 self.optimize(model, name, None)
                 found[name] = self(model, name).times
             except Exception as error:  # as of stock
-                self.facts["failed"][name] = in_a_line(error)
+                self.facts["failed"][name] = _told(name, error)
             finally:
                 if is_optimized(model):
                     restore(model)
@@ -156,7 +156,7 @@ class Stopwatch:
                     self._run(twin, setting)
                 twins[str(setting)] = twin, setting
             except Exception as error:  # whatever a model's code or a compiler raises: the setting is none that users have
-                failed[str(setting)] = in_a_line(error)
+                failed[str(setting)] = _told(str(setting), error)
         if not twins:
             raise CalibrationError(
                 f"No stock setting of {type(model).__name__} generates text, to compare speeds with: {failed}."
@@ -195,6 +195,13 @@ def _in_turn(
     """Return the seconds of the timed rounds; see ``modes_fx.measure.timing.in_turn``."""
     found = in_turn(runners, ROUNDS, WARM_UP, on_step=on_step)
     return {name: {phase: [seconds[phase] for seconds in column] for phase in PHASES} for name, column in found.items()}
+
+
+def _told(setting: str, error: Exception) -> str:
+    """Return why a setting does not run, once the user has been told."""
+    reason = in_a_line(error)
+    logger.warning("%s does not run, and is not timed: %s", setting, reason)
+    return reason
 
 
 def _median(values: Sequence[float]) -> float:

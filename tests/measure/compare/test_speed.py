@@ -143,7 +143,9 @@ def test_a_step_in_no_time_at_all_is_not_infinitely_fast(vlm: nn.Module, monkeyp
 
 
 @pytest.mark.usefixtures("without_inductor")
-def test_a_setting_that_does_not_run_is_told_and_left_out(vlm: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_setting_that_does_not_run_is_told_and_left_out(
+    vlm: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = (Setting("eager"), Setting("no_such"), Setting("grouped_mm", "layer"))
     monkeypatch.setattr(twins, "STOCK_SETTINGS", settings)
     monkeypatch.setattr(twins, "OUR_SETTINGS", (Setting(OURS, "moe"),))
@@ -160,6 +162,7 @@ def test_a_setting_that_does_not_run_is_told_and_left_out(vlm: nn.Module, monkey
     assert set(watch.facts["fastest"].values()) == {"eager"}
     assert watch.facts["failed"]["grouped_mm, decoder layers compiled"] == "RuntimeError: no compiler"
     assert "no_such" in watch.facts["failed"]["no_such"]
+    assert "grouped_mm, decoder layers compiled does not run, and is not timed: RuntimeError: no compiler" in caplog.text
     gone = {**watch.facts, "fastest": {"prefill": "eager", "decode": "no_such_either"}}
     with pytest.raises(CalibrationError, match="no_such_either: no setting of this model"):
         Stopwatch(vlm, BATCH, gone)
